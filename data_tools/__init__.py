@@ -1,0 +1,1 @@
+"""Tools that make and tend image-text shards. Never imports torch, `pretrain` or `launch`."""

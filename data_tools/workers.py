@@ -1,0 +1,175 @@
+"""Runs independent tasks in worker processes that never outlive their parent and end cleanly on Ctrl-C.
+
+Each worker talks to the parent over a pipe of its own. A parent that dies, even by SIGKILL, closes the pipes and the
+workers end; a worker that dies closes its end and the parent says so, instead of waiting for a result that never comes.
+"""
+
+import contextlib
+import multiprocessing
+import multiprocessing.connection
+import os
+import pickle
+import signal
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+from data_tools.errors import UserError
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+Report = Callable[[int, int], None]
+"""report(done, failed): tells the parent about items done since the last call; raises WorkStopped when it has gone."""
+
+_STOP_TIMEOUT_S = 10.0
+
+
+class WorkStopped(BaseException):
+    """Raised inside a task whose parent no longer wants it; not an Exception, so that no task swallows it."""
+
+
+def run_tasks(
+    function: Callable[[Task, Report], Result], tasks: Sequence[Task], processes: int, report: Report
+) -> Iterator[tuple[int, Result]]:
+    """Call `function(task, report)` for each task; yield (task number, result) as they finish, in any order.
+
+    `function` is importable, tasks and results can be pickled. One process runs the tasks right here. An error in a
+    task stops all and is raised here. Close the iterator when leaving it early. Raises UserError when a worker dies, as
+    it does when memory runs out.
+    """
+    if min(processes, len(tasks)) <= 1:
+        for number, task in enumerate(tasks):
+            yield number, function(task, report)
+        return
+    workers = _start_workers(function, min(processes, len(tasks)))
+    try:
+        yield from _distribute(workers, tasks, report)
+    finally:
+        _stop_workers(workers)
+
+
+def _start_workers(function: Callable, count: int) -> dict[multiprocessing.connection.Connection, Any]:
+    """Start the workers; Ctrl-C reaches the whole process group, and only the parent is to answer it."""
+    context = multiprocessing.get_context("spawn")
+    workers = {}
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN) if in_main_thread else None
+    try:
+        for _ in range(count):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(function, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            workers[ours] = process
+    finally:
+        if previous is not None:
+            signal.signal(signal.SIGINT, previous)
+    return workers
+
+
+def _distribute(workers: dict, tasks: Sequence[Task], report: Report) -> Iterator[tuple[int, Any]]:
+    waiting = iter(range(len(tasks)))
+    unfinished = 0
+
+    def hand_out(connection: multiprocessing.connection.Connection) -> int:
+        number = next(waiting, None)
+        if number is None:
+            return 0
+        with contextlib.suppress(BrokenPipeError):  # a worker that died is noticed when its end of the pipe is read
+            connection.send((number, tasks[number]))
+        return 1
+
+    for connection in workers:
+        unfinished += hand_out(connection)
+    while unfinished:
+        for connection in multiprocessing.connection.wait(list(workers)):
+            try:
+                kind, content = connection.recv()
+            except (EOFError, ConnectionResetError):
+                raise _describe_death(workers[connection]) from None
+            if kind == "progress":
+                report(*content)
+            elif kind == "error":
+                error, trace = content
+                raise error from RuntimeError(f"in a worker process:\n{trace}")
+            else:
+                unfinished += hand_out(connection) - 1
+                yield content
+
+
+def _stop_workers(workers: dict) -> None:
+    """Close the pipes, so that workers end at their next report and remove what they had begun; then insist."""
+    for connection in workers:
+        connection.close()
+    for process in workers.values():
+        process.join(_STOP_TIMEOUT_S)
+        if process.is_alive():
+            process.kill()
+            process.join()
+
+
+def _describe_death(process: multiprocessing.process.BaseProcess) -> UserError:
+    process.join(_STOP_TIMEOUT_S)
+    code = process.exitcode
+    cause = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+    return UserError(
+        f"worker process {process.pid}: ended by {cause}, often for lack of memory. "
+        "Run the same command again, with fewer --processes if it happens again"
+    )
+
+
+def _work(function: Callable, connection: multiprocessing.connection.Connection) -> None:
+    """The body of a worker: receive a task, send its result, until the parent closes the pipe."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def report(done: int, failed: int) -> None:
+        try:
+            connection.send(("progress", (done, failed)))
+        except OSError:
+            raise WorkStopped from None
+
+    with contextlib.suppress(EOFError, OSError, WorkStopped):
+        while True:
+            number, task = connection.recv()
+            try:
+                message = ("result", (number, function(task, report)))
+            except Exception as error:
+                message = ("error", (_make_sendable(error), traceback.format_exc()))
+            connection.send(message)
+
+
+def _make_sendable(error: Exception) -> Exception:
+    """The error itself, or its text when it does not survive pickling."""
+    try:
+        return pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+
+
+@contextlib.contextmanager
+def open_progress_bar(total: int, unit: str) -> Iterator[Report]:
+    """Show rate and failures on stderr when that is a terminal; yields the function to report items to."""
+    from tqdm import tqdm
+
+    failures = 0
+    with tqdm(total=total, unit=unit, disable=None, smoothing=0.05) as bar:
+
+        def report(done: int, failed: int) -> None:
+            nonlocal failures
+            bar.update(done)
+            if failed:
+                failures += failed
+                bar.set_postfix(failures=failures)
+
+        yield report
+
+
+def choose_processes(asked: int | None) -> int:
+    """The number asked for, or the processors that this process may use (on a shared node, fewer than there are).
+
+    Raises UserError for a number below one.
+    """
+    if asked is not None and asked < 1:
+        raise UserError(f"--processes {asked}: give at least 1")
+    return asked or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)

@@ -1,0 +1,1 @@
+"""Rendering and submitting jobs on a cluster. Imports `pretrain.config` only, and never torch."""

@@ -1,0 +1,166 @@
+"""The commands: python -m pretrain train | evaluate | export | demo."""
+
+import argparse
+import logging
+import os
+import sys
+import time
+
+from data_tools.errors import UserError, run_command
+
+SPEAK_AFTER_S = 10
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = build_parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse takes no key=value that comes after an option: "train CONFIG --ranks 2 seed=1"
+    late = [argument for argument in rest if "=" in argument and not argument.startswith("-")]
+    if len(late) < len(rest) or (late and not hasattr(options, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if late:
+        options.overrides = [*options.overrides, *late]
+    return run_command(options.function, options, arguments)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m pretrain", description="Pretrain, evaluate and export joint image-text models."
+    )
+    parser.add_argument(
+        "--local_rank", help=argparse.SUPPRESS
+    )  # the deepspeed launcher adds it, and sets LOCAL_RANK too
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser("train", help="train from a config, alone or as one rank of a job")
+    command.add_argument("config", help="YAML file, as those in configs/")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. train.batch_size=512")
+    command.add_argument("--ranks", type=positive, metavar="N", help="start N local processes")
+    command.add_argument("--check", action="store_true", help="print the resolved config and exit")
+    command.set_defaults(function=run_train)
+
+    command = commands.add_parser("evaluate", help="measure a run")
+    tasks = command.add_subparsers(required=True, metavar="TASK")
+    task = tasks.add_parser("retrieval", help="recall at 1, 5, 10 both ways, and after match reranking")
+    task.add_argument("--run", required=True, help="run folder of a training run")
+    task.add_argument("--shards", required=True, metavar="DIR", help="folder written by python -m data_tools build")
+    task.add_argument("--rerank", type=natural, default=16, metavar="K", help="candidates to rerank; 0 = none (16)")
+    task.add_argument("--batch-size", type=positive, default=64, metavar="N", help="pictures at a time a rank (64)")
+    task.add_argument("--json", metavar="FILE", help="also write the numbers there")
+    task.add_argument("--ranks", type=positive, metavar="N", help="start N local processes")
+    task.set_defaults(function=run_evaluate)
+
+    command = commands.add_parser("export", help="write the weights for another library, and prove them by reloading")
+    command.add_argument("--run", required=True, help="run folder of a training run")
+    command.add_argument("--to", required=True, choices=("open_clip", "huggingface", "native"))
+    command.add_argument("--out", required=True, metavar="DIR", help="a new or empty folder")
+    command.set_defaults(function=run_export)
+
+    command = commands.add_parser("demo", help="the whole path on drawn scenes, or on your own pictures")
+    command.add_argument("--captions", metavar="FILE", help="TSV or CSV with columns filename, caption")
+    command.add_argument("--images", metavar="DIR", help="folder of the pictures that FILE names")
+    command.add_argument("--train-list", metavar="FILE", help="names of the pictures to train on, one a line")
+    command.add_argument("--val-list", metavar="FILE", help="names of the pictures to evaluate on, one a line")
+    command.add_argument("--out", default="runs/demo", metavar="DIR", help="folder for everything (runs/demo)")
+    command.add_argument("--config", metavar="YAML", help="training config (configs/demo.yaml)")
+    command.add_argument("--ranks", type=positive, default=2, metavar="N", help="training processes (2)")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="config overrides")
+    command.set_defaults(function=run_demo)
+    return parser
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1; found {value}")
+    return value
+
+
+def natural(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0; found {value}")
+    return value
+
+
+def set_up_logging() -> None:
+    """Rank 0 tells what happens; the others only what is wrong, with their rank."""
+    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
+    form = "%(message)s" if rank == 0 else f"rank {rank}: %(message)s"
+    logging.basicConfig(format=form, level=logging.WARNING, stream=sys.stderr)
+    logging.getLogger("pretrain").setLevel(logging.INFO if rank == 0 else logging.WARNING)
+
+
+def starts_ranks(options: argparse.Namespace) -> bool:
+    """Whether this process is to start the ranks, rather than be one."""
+    if options.ranks is not None and "RANK" in os.environ and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ:
+        raise UserError("--ranks: a launcher has started this process as a rank already; leave --ranks out")
+    return options.ranks is not None and "RANK" not in os.environ
+
+
+def run_train(options: argparse.Namespace, arguments: list[str]) -> int:
+    set_up_logging()
+    from pretrain.config import load_config, render_config
+    from pretrain.train import RunConfig, train
+
+    config = load_config(options.config, options.overrides, RunConfig)
+    if options.check:
+        print(render_config(config), end="")
+        return 0
+    if starts_ranks(options):
+        from pretrain.local import run_ranks
+
+        return run_ranks(arguments, options.ranks)
+    return as_rank(lambda world: train(config, world))
+
+
+def run_evaluate(options: argparse.Namespace, arguments: list[str]) -> int:
+    set_up_logging()
+    if starts_ranks(options):
+        from pretrain.local import run_ranks
+
+        return run_ranks(arguments, options.ranks)
+    from pretrain.evaluate.retrieval import evaluate_run
+
+    def evaluate(world):
+        return evaluate_run(options.run, options.shards, options.rerank, options.batch_size, options.json, world)
+
+    return as_rank(evaluate)
+
+
+def run_export(options: argparse.Namespace, arguments: list[str]) -> int:
+    set_up_logging()
+    from pretrain.export import export_run
+
+    return export_run(options.run, options.to, options.out)
+
+
+def run_demo(options: argparse.Namespace, arguments: list[str]) -> int:
+    set_up_logging()
+    from pretrain.demo import run_demo as run
+
+    return run(options)
+
+
+def as_rank(function) -> int:
+    """Join the job, run `function(world)`, leave the job.
+
+    A user's mistake is mostly found by all ranks at once. Rank 0 tells it; the others wait, to be ended with it, and
+    speak only if they are still there.
+    """
+    from pretrain.world import connect, disconnect
+
+    world = connect()
+    try:
+        return function(world)
+    except UserError:
+        if not world.is_main:
+            time.sleep(SPEAK_AFTER_S)
+        raise
+    finally:
+        disconnect()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

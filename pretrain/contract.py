@@ -1,0 +1,40 @@
+"""The two dataclasses on which every part agrees: what the loader yields and what the model returns.
+
+Shape legend: B pairs per rank, L text tokens, E embedding, P match pairs, H/W pixels.
+"""
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Batch:
+    """One rank's pairs of one global batch."""
+
+    image: Tensor  # [B,3,H,W] uint8; normalised on the device, by the model
+    ids: Tensor  # [B,L] int64 token ids
+    mask: Tensor  # [B,L] bool, True = a real token
+    image_id: Tensor  # [B] int64, equal for the same picture
+    text_id: Tensor  # [B] int64, equal for the same caption text
+    position: np.ndarray  # [B] int64 places in the run's endless order of samples; stays on the host
+    keys: list[str]  # sample keys, for naming what went wrong
+
+    def to(self, device: torch.device) -> "Batch":
+        """Copy the tensors to `device` (asynchronously where they are pinned)."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Batch(**{k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in values.items()})
+
+
+@dataclass
+class ModelOutput:
+    """What the losses consume. The match part is None for a model without fusion."""
+
+    image_embed: Tensor  # [B,E] unit norm, float32 or better
+    text_embed: Tensor  # [B,E] unit norm, float32 or better
+    logit_scale: Tensor  # [1] the factor itself, already exponentiated and clamped
+    match_logits: Tensor | None = None  # [P,2] columns: mismatch, match
+    match_labels: Tensor | None = None  # [P] int64, 1 = a true pair
+    match_weight: Tensor | None = None  # [P] 0 = no negative could be drawn, the row does not count

@@ -1,0 +1,124 @@
+"""The optimiser's side of a step: parameter groups, schedule, DeepSpeed's generated config, and the engine.
+
+This file and checkpoint.py are the only ones that know DeepSpeed.
+"""
+
+import contextlib
+import logging
+import math
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import pydantic
+import torch
+from torch import nn
+
+from pretrain.config import ConfigError, ConfigModel
+from pretrain.world import World
+
+
+class EngineConfig(ConfigModel):
+    """ZeRO, precision and AdamW."""
+
+    zero_stage: int = pydantic.Field(default=1, ge=0, le=3)
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    lr: float = pydantic.Field(default=1e-3, gt=0)  # peak, after warm-up
+    min_lr: float = pydantic.Field(default=0.0, ge=0)  # at the end of the cosine
+    warmup_steps: int = pydantic.Field(default=0, ge=0)
+    weight_decay: float = pydantic.Field(default=0.2, ge=0)  # not on norms, biases and the logit scale
+    beta1: float = pydantic.Field(default=0.9, ge=0, lt=1)
+    beta2: float = pydantic.Field(default=0.98, ge=0, lt=1)
+    epsilon: float = pydantic.Field(default=1e-6, gt=0)
+    gradient_clip: float = pydantic.Field(default=1.0, ge=0)  # global norm; 0 = off
+
+
+def learning_rate(config: EngineConfig, step: int, steps: int) -> float:
+    """The rate of step `step` (from 0) of `steps`: linear warm-up, then half a cosine down to `min_lr`."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+    return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups for AdamW: weights that decay, and gains, biases and the logit scale (all of one dimension), that do not."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def deepspeed_config(config: EngineConfig, global_batch: int, world: World) -> dict[str, Any]:
+    """DeepSpeed's own configuration. Generated, because DeepSpeed lets misspelt top-level keys pass."""
+    return {
+        "train_batch_size": global_batch,
+        "train_micro_batch_size_per_gpu": global_batch // world.size,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.gradient_clip,
+        "zero_optimization": {"stage": config.zero_stage},
+        "bf16": {"enabled": config.precision == "bf16"},
+        "fp16": {"enabled": config.precision == "fp16", "initial_scale_power": 14},
+        "steps_per_print": 2**31,
+    }
+
+
+def import_deepspeed() -> Any:
+    """DeepSpeed, told of the device before its import decides, needing no compiler, and quiet unless something is wrong."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # torch 2.13 renamed collectives that DeepSpeed 0.19 still calls by their old names.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
+    with hidden_stderr():
+        import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # its import sets the level once more
+    # On CPUs it would compile a shared-memory all-reduce at start, which fails without a compiler and leaves files in
+    # /dev/shm after a crash. gloo does the same work.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+@contextlib.contextmanager
+def hidden_stderr() -> Iterator[None]:
+    """Drop what child processes print meanwhile: at its import DeepSpeed tries to link libaio, and the linker complains."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nothing:
+        os.dup2(nothing.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def build_engine(model: nn.Module, config: EngineConfig, global_batch: int, world: World) -> Any:
+    """A DeepSpeed engine around `model`: `engine(batch)`, `engine.backward(loss)`, `engine.step()`."""
+    deepspeed = import_deepspeed()
+    if config.precision == "fp16" and not deepspeed.get_accelerator().is_fp16_supported():
+        raise ConfigError("engine.precision: fp16 is not supported on this device; use bf16 or fp32")
+    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # DeepSpeed asks for it even in a job of one process
+    deepspeed.init_distributed(
+        "nccl" if world.device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
+    )
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, config.weight_decay),
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.epsilon,
+        fused=True,
+    )
+    engine, *_ = deepspeed.initialize(
+        model=model.to(world.device), optimizer=optimizer, config=deepspeed_config(config, global_batch, world)
+    )
+    return engine
+
+
+def set_learning_rate(engine: Any, rate: float) -> None:
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate

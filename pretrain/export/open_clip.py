@@ -1,0 +1,141 @@
+"""open_clip's local folders: `open_clip.create_model_and_transforms("local-dir:DIR")`.
+
+The towers wrap open_clip's own modules, so ViT or ResNet with a CLIP text tower is the plain CLIP layout under other
+names. A BERT text tower becomes open_clip's HFTextEncoder; its config lies in DIR/text_model.
+"""
+
+import importlib.metadata
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from data_tools.files import write_json_atomic
+from pretrain.export.card import Guide, list_contrastive_limits
+from pretrain.export.compare import Reloaded
+from pretrain.export.huggingface import build_bert_config, cap_log_scale
+from pretrain.model.model import PIXEL_MEAN, PIXEL_STD, normalise
+from pretrain.restore import LoadedRun
+from pretrain.torchvision_ops import prepare_torchvision
+
+CONFIG, WEIGHTS, TEXT_MODEL = "open_clip_config.json", "open_clip_model.safetensors", "text_model"
+
+USAGE = """
+import open_clip, torch
+from PIL import Image
+
+model, _, preprocess = open_clip.create_model_and_transforms("local-dir:{name}")
+tokenizer = open_clip.get_tokenizer("local-dir:{name}")
+model.eval()
+with torch.no_grad():
+    picture = model.encode_image(preprocess(Image.open("picture.jpg"))[None], normalize=True)
+    print(picture @ model.encode_text(tokenizer(["a dog", "a cat"]), normalize=True).T)
+"""
+
+MOVED = """open_clip finds the BERT tower's config by the absolute path in `hf_model_name` of {config}, now `{path}`. \
+After moving the folder, write the new path there: \
+`python -c "import json, pathlib; p = pathlib.Path('{name}/{config}').resolve(); c = json.loads(p.read_text()); \
+c['model_cfg']['text_cfg']['hf_model_name'] = str(p.parent / '{text_model}'); p.write_text(json.dumps(c, indent=2))"`"""
+
+
+def write(source: LoadedRun, folder: Path, final: Path) -> Guide:
+    """Fill `folder`, which will lie at `final`."""
+    config, tokenizer = source.config.model, source.tokenizer
+    limits = list_contrastive_limits(source, "open_clip")
+    # Patch dropout is a way to train and not part of the model; open_clip returns models in training mode.
+    vision = {name: value for name, value in config.image.open_clip_config().items() if name != "patch_dropout"}
+    text = {"context_length": config.text.context_length, "vocab_size": tokenizer.vocab_size}
+    if config.text.kind == "bert":
+        build_bert_config(source).save_pretrained(folder / TEXT_MODEL)
+        text |= {"hf_model_name": str(final / TEXT_MODEL), "hf_model_pretrained": False}
+        text |= {"hf_pooler_type": "cls_pooler", "hf_proj_type": "linear"}
+        limits.append(MOVED.format(config=CONFIG, path=final / TEXT_MODEL, name=final.name, text_model=TEXT_MODEL))
+        if config.tokenizer.kind == "clip":
+            limits.append(
+                "open_clip's mask takes id 0 for padding, which is also '!' with another sign right after it ('!%'); "
+                "such a '!' is not read."
+            )
+    else:
+        text |= config.text.open_clip_config()
+    if config.tokenizer.kind == "huggingface":
+        tokenizer.inner.save_pretrained(folder)
+        text["hf_tokenizer_name"] = "."  # for a local folder open_clip takes the folder itself, whatever stands here
+        limits.append(
+            "open_clip cleans texts for a Hugging Face tokenizer (ftfy, HTML entities, white space); the run did not."
+        )
+        limits.append(f"On the hub, `hf_tokenizer_name` in {CONFIG} has to be the repository's name.")
+    settings = {
+        "model_cfg": {"embed_dim": config.embed_dim, "vision_cfg": vision, "text_cfg": text},
+        "preprocess_cfg": {
+            "mean": PIXEL_MEAN,
+            "std": PIXEL_STD,
+            "interpolation": "bicubic",
+            "resize_mode": "shortest",
+        },
+    }
+    write_json_atomic(folder / CONFIG, settings)
+    save_file(rename_weights(source), folder / WEIGHTS, {"format": "pt"})
+    return Guide("open_clip", USAGE.format(name=final.name), limits)
+
+
+def rename_weights(source: LoadedRun) -> dict[str, Tensor]:
+    """The two towers and the logit scale under open_clip's names."""
+    names = {"image_tower.inner.": "visual.", "text_tower.inner.": ""}
+    if source.config.model.text.kind == "bert":
+        names |= {"text_tower.inner.": "text.transformer.", "text_tower.projection.": "text.proj."}
+    weights = {
+        new + name.removeprefix(old): value.contiguous()
+        for name, value in source.model.state_dict().items()
+        for old, new in names.items()
+        if name.startswith(old)
+    }
+    return weights | {"logit_scale": cap_log_scale(source)}
+
+
+def reload(folder: Path) -> Reloaded:
+    """What open_clip makes of the folder, also where `hf_model_name` names the place that it is still to get."""
+    prepare_torchvision()
+    import open_clip
+    from open_clip.tokenizer import HFTokenizer
+
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}", **place_text_model(folder))
+    model.eval()
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+    padding = model.text.config.pad_token_id if isinstance(model, open_clip.CustomTextCLIP) else None
+
+    def tokenize(texts: list[str]) -> tuple[Tensor, Tensor | None]:
+        ids = tokenizer(texts)
+        return ids, None if padding is None else ids != padding
+
+    def clean(text: str) -> str:
+        if isinstance(tokenizer, HFTokenizer):
+            return tokenizer.clean_fn(text)
+        return text if padding is None else text.replace("!", "")  # which may be id 0, and is then masked
+
+    @torch.no_grad()
+    def embed_images(pixels: Tensor) -> Tensor:
+        return model.encode_image(normalise(pixels), normalize=True)
+
+    @torch.no_grad()
+    def embed_texts(texts: list[str]) -> Tensor:
+        return model.encode_text(tokenizer(texts), normalize=True)
+
+    return Reloaded(
+        library=f"open_clip {importlib.metadata.version('open_clip_torch')}",
+        tokenize=tokenize,
+        preprocess=preprocess,
+        embed_images=embed_images,
+        embed_texts=embed_texts,
+        logit_scale=model.logit_scale.exp().item(),
+        clean=clean,
+    )
+
+
+def place_text_model(folder: Path) -> dict[str, Any]:
+    """Overrides for `create_model_and_transforms` that let a BERT tower's config be found in `folder`."""
+    text = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["model_cfg"]["text_cfg"]
+    here = str(folder / TEXT_MODEL)
+    return {"text_cfg": text | {"hf_model_name": here}} if text.get("hf_model_name", here) != here else {}

@@ -1,0 +1,148 @@
+"""Who this process is among the ranks, and collectives that carry gradients.
+
+Shape legend: B rows per rank, W ranks, G = B x W.
+"""
+
+import os
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pretrain.config import ConfigError
+
+# torch 2.13 renamed these two and warns at every call of the old names.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+@dataclass(frozen=True)
+class World:
+    """One rank's view of the job. `World()` is a job of one process, where every collective is the identity."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    host_group: dist.ProcessGroup | None = None  # gloo, for small facts that must not wait for the GPU
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """[B, ...] of every rank -> [G, ...] in rank order. The gradient flows back to the rank that owns each row."""
+        return x if self.size == 1 else _AllGather.apply(x, self)
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum over ranks, with gradient."""
+        return x if self.size == 1 else _AllReduce.apply(x)
+
+    def mean(self, x: Tensor) -> Tensor:
+        """The mean over ranks, without gradient: for metrics."""
+        x = x.detach().clone()
+        if self.size > 1:
+            dist.all_reduce(x)
+        return x / self.size
+
+    def any(self, flag: bool) -> bool:
+        """True on every rank if `flag` is true on some rank."""
+        if self.size == 1:
+            return flag
+        value = torch.tensor([int(flag)])
+        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.host_group)
+        return bool(value.item())
+
+    def share(self, value: object) -> object:
+        """Rank 0's value on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.host_group)
+        return box[0]
+
+    def gather_objects(self, value: object) -> list:
+        """Every rank's value, in rank order, on every rank."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value, group=self.host_group)
+        return values
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier(group=self.host_group)
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, world: World) -> Tensor:
+        ctx.world = world
+        gathered = x.new_empty((world.size * x.shape[0], *x.shape[1:]))
+        _all_gather(gathered, x.contiguous())
+        return gathered
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        # Every rank used every row: a row's gradient is the sum of what all ranks say of it.
+        own = grad.new_empty((grad.shape[0] // ctx.world.size, *grad.shape[1:]))
+        _reduce_scatter(own, grad.contiguous())
+        return own, None
+
+
+class _AllReduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad)
+        return grad
+
+
+def connect(timeout_s: int = 600) -> World:
+    """Join the job that started this process: torchrun, deepspeed, srun, `--ranks N`, or nothing (one process).
+
+    Raises ConfigError when the launcher gave only part of what is needed.
+    """
+    if "RANK" not in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ:
+        os.environ["RANK"] = os.environ["SLURM_PROCID"]
+        os.environ["WORLD_SIZE"] = os.environ["SLURM_STEP_NUM_TASKS"]
+        os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
+    rank = int(os.environ.get("RANK", 0))
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"rank {rank}: local rank {local_rank} has no GPU; this node shows {torch.cuda.device_count()}. "
+                "Start one process a GPU and let every process see all GPUs of its node."
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if size == 1:  # DeepSpeed wants a process group even for one process; this one needs no network
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    else:
+        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if missing:
+            raise ConfigError(
+                f"rank {rank} of {size}: {' and '.join(missing)} not set. Start with torchrun, deepspeed, "
+                "`--ranks N`, or a script from `python -m launch render`."
+            )
+        dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s))
+    host_group = dist.new_group(backend="gloo") if size > 1 and device.type == "cuda" else None
+    return World(rank, size, local_rank, device, host_group)
+
+
+def disconnect() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,65 @@
+"""What tests share: small real shards, and a way to run the commands as a user does."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+sys.path[:0] = [str(TESTS), str(TESTS / "pretrain")]  # paths.py, ranks.py, parity.py
+
+from paths import ROOT  # noqa: E402
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may need the network, nor wait for it
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with train/ (48 drawn scenes) and val/ (24) as real shards."""
+    from data_tools.build import build_shards
+    from data_tools.scenes import draw_scenes
+
+    root = tmp_path_factory.mktemp("shards")
+    draw_scenes(root / "scenes", count=48, val_count=24, processes=1)
+    for split in ("train", "val"):
+        build_shards(
+            root / "scenes" / "captions.tsv",
+            root / split,
+            root / "scenes" / "images",
+            samples_per_shard=20,
+            processes=1,
+            keep_list=root / "scenes" / "splits" / f"{split}.txt",
+        )
+    return root
+
+
+@pytest.fixture
+def start_pretrain():
+    """Start `python -m pretrain ARGUMENTS` with pipes; it is killed if a test leaves it running."""
+    started = []
+
+    def start(*arguments: object) -> subprocess.Popen:
+        command = [sys.executable, "-m", "pretrain", *map(str, arguments)]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started.append(subprocess.Popen(command, env=environment, **pipes))
+        return started[-1]
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+
+
+@pytest.fixture
+def run_pretrain(start_pretrain):
+    """Run `python -m pretrain ARGUMENTS` to its end: (exit code, stdout, stderr)."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        process = start_pretrain(*arguments)
+        stdout, stderr = process.communicate(timeout=300)
+        return process.returncode, stdout, stderr
+
+    return run

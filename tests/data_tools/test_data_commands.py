@@ -1,0 +1,69 @@
+"""`python -m data_tools` as a user meets it."""
+
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data_tools.build import build_shards
+from data_tools.scenes import draw_scenes
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys\nfrom data_tools.__main__ import main\n"
+        "try:\n    main(['build', '--help'])\nexcept SystemExit:\n    pass\n"
+        "print(sorted({'torch', 'numpy', 'pyarrow', 'PIL', 'tqdm', 'pretrain', 'launch'} & sys.modules.keys()))"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    assert output.splitlines()[-1] == "[]"
+    assert "--keep-list" in output
+
+
+def test_no_tool_imports_torch_or_the_upper_floors():
+    modules = ", ".join(f"data_tools.{path.stem}" for path in (ROOT / "data_tools").glob("[a-z]*.py"))
+    code = f"import sys, {modules}\nprint([m for m in ('torch', 'pretrain', 'launch') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout == "[]\n"
+
+
+@pytest.mark.parametrize(("command", "function"), [("build", build_shards), ("scenes", draw_scenes)])
+def test_a_command_has_its_functions_options_and_defaults(command, function, monkeypatch):
+    """Same names, same defaults: a call from Python and a command line without options do the same."""
+    from data_tools import __main__ as program
+
+    taken = {}
+    monkeypatch.setattr(program, f"_{command}", lambda **options: taken.update(options))
+    arguments = {"build": ["INPUT", "OUT", "--image-root", "ROOT"], "scenes": ["OUT"]}[command]
+    assert program.main([command, *arguments]) == 0
+    parameters = inspect.signature(function).parameters
+    assert taken.keys() == parameters.keys()
+    for name, parameter in parameters.items():
+        assert parameter.default in (inspect.Parameter.empty, taken[name]), name
+
+
+def test_a_users_mistakes_are_one_line(tmp_path, run_data_tools):
+    cases = [
+        ["info", tmp_path / "none"],
+        ["build", tmp_path / "none.tsv", tmp_path / "out", "--image-root", tmp_path],
+        ["build", tmp_path / "none.tsv", tmp_path / "out", "--image-root", tmp_path / "none"],
+        ["scenes", tmp_path / "out", "--count", "0"],
+    ]
+    for arguments in cases:
+        run = run_data_tools(*arguments)
+        assert run.returncode == 2
+        assert run.stderr.startswith("error: ") and run.stderr.count("\n") == 1, run.stderr
+
+
+def test_the_way_from_scenes_to_info(tmp_path, run_data_tools):
+    scenes, shards = tmp_path / "scenes", tmp_path / "shards"
+    assert run_data_tools("scenes", scenes, "--count", 12, "--val-count", 3, "--processes", 1).returncode == 0
+    keep = ["--keep-list", scenes / "splits" / "train.txt"]
+    build = ["build", scenes / "captions.tsv", shards, "--image-root", scenes / "images", *keep, "--processes", 1]
+    assert run_data_tools(*build).returncode == 0
+    info = run_data_tools("info", shards)
+    assert (info.returncode, info.stderr) == (0, "")
+    assert "samples      12, " in info.stdout

@@ -1,0 +1,106 @@
+"""What a user reads when something goes wrong, and files that are whole or not there."""
+
+import errno
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from data_tools.errors import UserError, run_command, suggest
+from data_tools.files import format_bytes, format_counts, hash_file, lock_folder, open_atomic, write_atomic
+
+
+def raise_error(error):
+    raise error
+
+
+def test_a_command_returns_its_exit_code():
+    assert run_command(lambda: None) == 0
+    assert run_command(lambda code: code, 3) == 3
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (UserError("a.yaml: bad. Valid: good"), 2, "error: a.yaml: bad. Valid: good\n"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/data/x.tar"),
+            1,
+            "error: /data/x.tar: the disk is full. Free space and run the same command again\n",
+        ),
+        (
+            FileNotFoundError(errno.ENOENT, "No such file or directory", "/data/t.tsv"),
+            2,
+            "error: /data/t.tsv: No such file or directory. Check the path and its permissions\n",
+        ),
+        (KeyboardInterrupt(), 130, "error: interrupted. Run the same command again to go on\n"),
+    ],
+)
+def test_a_users_mistake_is_one_line(capsys, error, code, text):
+    assert run_command(raise_error, error) == code
+    assert capsys.readouterr().err == text
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), OSError(errno.EIO, "I/O error", "f"), FileNotFoundError(2, "none")])
+def test_a_mistake_of_the_program_keeps_its_traceback(error):
+    with pytest.raises(type(error)):
+        run_command(raise_error, error)
+
+
+def test_a_reader_that_goes_away_is_no_error(tmp_path):
+    code = "from data_tools.errors import run_command\ndef p():\n for i in range(99999): print('line', i)\n"
+    command = [sys.executable, "-c", code + "raise SystemExit(run_command(p))"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "line 0\n"
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    assert process.wait(30) == 0
+
+
+def test_the_nearest_word_is_suggested():
+    assert suggest("captoin", ["caption", "image"]) == " Did you mean 'caption'?"
+    assert suggest("zzz", ["caption", "image"]) == ""
+
+
+def test_an_atomic_file_is_whole_or_not_there(tmp_path):
+    path = tmp_path / "file"
+    write_atomic(path, b"old")
+    with pytest.raises(KeyError), open_atomic(path) as file:
+        file.write(b"half of the new")
+        raise KeyError
+    assert path.read_bytes() == b"old"
+    with open_atomic(path) as file:
+        file.write(b"new")
+        temporary = [name for name in os.listdir(tmp_path) if name != "file"]
+        assert len(temporary) == 1 and re.fullmatch(r"file\.[0-9a-f]{8}\.tmp", temporary[0])
+        assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"new"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_an_error_while_writing_names_the_final_path(tmp_path):
+    with pytest.raises(OSError) as caught, open_atomic(tmp_path / "file"), open("/dev/full", "wb", buffering=0) as full:
+        full.write(b"x")
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path / "file"))
+    with pytest.raises(FileNotFoundError) as caught:
+        write_atomic(tmp_path / "none" / "file", b"")
+    assert caught.value.filename == str(tmp_path / "none" / "file")
+
+
+def test_a_folder_has_one_writer_at_a_time(tmp_path):
+    with lock_folder(tmp_path):
+        with pytest.raises(UserError, match="another process is writing here"), lock_folder(tmp_path):
+            pass
+    with lock_folder(tmp_path):
+        pass
+
+
+def test_sizes_and_counts_are_readable(tmp_path):
+    assert [format_bytes(count) for count in (0, 999, 1500, 20 * 10**9)] == ["0 B", "999 B", "1.5 kB", "20.0 GB"]
+    assert format_counts({"a": 1, "b": 3}) == "b 3, a 1"
+    (tmp_path / "f").write_text(json.dumps([]))
+    assert hash_file(tmp_path / "f") == "4f53cda18c2baa0c0354bb5f9a3ecbe5ed12ab4d8e11ba873c2f11161202b945"

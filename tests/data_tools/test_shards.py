@@ -1,0 +1,232 @@
+"""The shard format: bytes that the ecosystem reads, random access, and damage that is noticed and named."""
+
+import io
+import json
+import os
+import re
+import tarfile
+import threading
+
+import numpy as np
+import pytest
+
+from data_tools.errors import UserError
+from data_tools.shards import Manifest, ShardError, ShardReader, index_path, write_shard
+from data_tools.tar import TarError, parse_members, render_member
+
+
+def make_fields(number: int) -> dict[str, bytes]:
+    return {"jpg": bytes([number]) * (number * 100), "txt": f"caption {number}".encode(), "json": b'{"captions": []}'}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three shards of 4, 0 and 3 samples, with sample i's key ending in i."""
+    shards = []
+    number = 0
+    for shard, samples in enumerate((4, 0, 3)):
+        with write_shard(tmp_path / f"{shard:05d}.tar") as writer:
+            for _ in range(samples):
+                writer.add(f"{shard:05d}{number:04d}", make_fields(number))
+                number += 1
+        shards.append(writer.info)
+    Manifest.of_shards(tmp_path, shards, build="b", failures=2, captions=7, options={"seed": None}).write()
+    return tmp_path
+
+
+@pytest.mark.parametrize("size", [0, 1, 511, 512, 513, 70_000])
+def test_a_member_is_what_tarfile_writes(size):
+    data = os.urandom(size)
+    entry = tarfile.TarInfo("000000001.jpg")
+    entry.size, entry.mode = size, 0o644
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+        archive.addfile(entry, io.BytesIO(data))
+    rendered = render_member("000000001.jpg", data)
+    assert rendered == stream.getvalue()[: len(rendered)]
+    assert parse_members(rendered) == {"000000001.jpg": data}
+
+
+def test_a_member_that_does_not_fit_is_refused():
+    assert parse_members(render_member("a" * 100, b"x")) == {"a" * 100: b"x"}
+    for name in ("", "a" * 101, "ä.jpg"):
+        with pytest.raises(ValueError, match="1 to 100 ASCII characters"):
+            render_member(name, b"x")
+
+
+def test_every_flipped_bit_of_a_header_is_noticed():
+    whole = render_member("000000001.txt", b"caption")
+    for position in range(512):
+        damaged = bytearray(whole)
+        damaged[position] ^= 0x04
+        with pytest.raises(TarError):
+            parse_members(bytes(damaged))
+
+
+def test_shards_are_read_by_tarfile_and_webdataset(folder):
+    with tarfile.open(folder / "00000.tar") as archive:
+        members = archive.getmembers()
+        assert [member.name for member in members[:3]] == ["000000000.jpg", "000000000.txt", "000000000.json"]
+        assert {(member.mtime, member.uid, member.gid, member.uname, member.mode) for member in members} == {
+            (0, 0, 0, "", 0o644)
+        }
+        assert archive.extractfile("000000002.jpg").read() == make_fields(2)["jpg"]
+    webdataset = pytest.importorskip("webdataset")
+    urls = [str(folder / f"{shard:05d}.tar") for shard in range(3)]
+    samples = list(webdataset.WebDataset(urls, shardshuffle=False, empty_check=False))
+    assert [sample["__key__"] for sample in samples] == [f"{int(n > 3) * 2:05d}{n:04d}" for n in range(7)]
+    assert [{part: sample[part] for part in ("jpg", "txt", "json")} for sample in samples] == [
+        make_fields(number) for number in range(7)
+    ]
+
+
+def test_the_index_points_at_each_sample_and_its_end(folder):
+    offsets = np.fromfile(folder / "00000.tar.idx", dtype="<u8")
+    with tarfile.open(folder / "00000.tar") as archive:
+        starts = [member.offset for member in archive if member.name.endswith(".jpg")]
+        assert [*starts, archive.offset] == list(offsets)
+    assert list(np.fromfile(folder / "00001.tar.idx", dtype="<u8")) == [0]
+
+
+def test_names_that_readers_would_take_apart_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="ends in .tar"), write_shard(tmp_path / "a.b.tar"):
+        pass
+    with pytest.raises(ValueError, match="no dot"), write_shard(tmp_path / "a.tar") as writer:
+        writer.add("a.b", {"jpg": b""})
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_manifest_is_what_was_written(folder):
+    manifest = Manifest.load(folder)
+    assert (manifest.samples, manifest.failures, manifest.captions) == (7, 2, 7)
+    assert [shard.samples for shard in manifest.shards] == [4, 0, 3]
+    assert manifest.bytes == sum(os.path.getsize(folder / shard.name) for shard in manifest.shards)
+    assert json.loads((folder / "sizes.json").read_bytes()) == {"00000.tar": 4, "00001.tar": 0, "00002.tar": 3}
+    assert json.loads((folder / "manifest.json").read_bytes())["format"] == 1
+
+
+def test_the_fingerprint_tells_of_the_samples(folder, tmp_path_factory):
+    other = tmp_path_factory.mktemp("other")
+    with write_shard(other / "00000.tar") as writer:
+        writer.add("000000000", make_fields(0))
+    first, second = Manifest.load(folder), Manifest.of_shards(other, [writer.info])
+    assert first.fingerprint == Manifest.of_shards("elsewhere", first.shards).fingerprint != second.fingerprint
+
+
+def test_any_sample_is_read_in_any_order(folder):
+    reader = ShardReader(Manifest.load(folder), max_open_shards=1)
+    assert len(reader) == 7
+    for number in (6, 0, 3, 4, 5, 1, 2):
+        sample = reader.read(number)
+        assert sample.fields == make_fields(number)
+        assert (sample.shard, sample.key[-4:]) == ("00000.tar" if number < 4 else "00002.tar", f"{number:04d}")
+    for outside in (-1, 7):
+        with pytest.raises(IndexError):
+            reader.read(outside)
+    reader.close()
+    assert reader.read(2).fields == make_fields(2)
+
+
+def test_threads_share_a_reader_whose_files_come_and_go(folder):
+    reader = ShardReader(Manifest.load(folder), max_open_shards=1)
+    wrong = []
+
+    def read_many(seed: int) -> None:
+        for number in np.random.default_rng(seed).integers(0, 7, 1000):
+            if reader.read(int(number)).fields != make_fields(number):
+                wrong.append(number)
+
+    threads = [threading.Thread(target=read_many, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    reader.close()
+    assert wrong == []
+    assert not [link for link in map(read_link, os.listdir("/proc/self/fd")) if link.startswith(str(folder))]
+
+
+def read_link(descriptor: str) -> str:
+    try:
+        return os.readlink(f"/proc/self/fd/{descriptor}")
+    except FileNotFoundError:
+        return ""
+
+
+def test_a_damaged_header_is_an_error_that_names_the_sample(folder):
+    manifest = Manifest.load(folder)
+    start = int(np.fromfile(folder / "00000.tar.idx", dtype="<u8")[2])
+    flip(folder / "00000.tar", start + 3)
+    reader = ShardReader(manifest)
+    with pytest.raises(
+        ShardError, match=rf"00000\.tar: sample 2 of 4, bytes {start} to \d+: at byte {start} .*damaged"
+    ):
+        reader.read(2)
+    assert reader.read(1).fields == make_fields(1)
+
+
+def test_a_shard_that_shrank_is_an_error(folder):
+    manifest = Manifest.load(folder)
+    os.truncate(folder / "00002.tar", 2000)
+    with pytest.raises(ShardError, match=r"00002\.tar: sample 0 of 3, bytes 0 to \d+: the file ends after 2000 of"):
+        ShardReader(manifest).read(4)
+
+
+def test_an_index_of_another_tar_is_an_error(folder):
+    manifest = Manifest.load(folder)
+    np.array([0, 512, 9, 40, 50], dtype="<u8").tofile(index_path(folder / "00000.tar"))
+    with pytest.raises(ShardError, match="not the offsets of 4 samples"):
+        ShardReader(manifest).read(0)
+
+
+def flip(path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 0xFF
+    path.write_bytes(data)
+
+
+def edit(folder, **changes) -> None:
+    path = folder / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "text"),
+    [
+        (lambda folder: (folder / "manifest.json").unlink(), "no manifest.json: is it a finished build?"),
+        (lambda folder: (folder / "manifest.json").write_text('{"form'), "manifest.json: not readable as JSON"),
+        (lambda folder: (folder / "manifest.json").write_text("[]"), "format None. This version reads format 1"),
+        (lambda folder: edit(folder, format=2), "format 2. This version reads format 1"),
+        (lambda folder: edit(folder, shards=[{"name": "a.tar"}]), "entries are missing or contradict each other"),
+        (lambda folder: edit(folder, samples=8), "entries are missing or contradict each other"),
+        (lambda folder: edit(folder, shards=[], samples=0), "does not list (such as 00000.tar, 3 in all)"),
+        (lambda folder: (folder / "00000.tar").unlink(), "00000.tar: this shard is missing"),
+        (lambda folder: os.truncate(folder / "00000.tar", 9), "00000.tar: 9 bytes, the manifest says"),
+        (lambda folder: (folder / "00002.tar.idx").unlink(), "00002.tar.idx: this index is missing"),
+        (lambda folder: flip(folder / "00002.tar.idx", 8), "00002.tar.idx: not the index that the manifest lists"),
+        (
+            lambda folder: (folder / "00003.tar").touch(),
+            "does not list (such as 00003.tar, 1 in all). They belong to another build",
+        ),
+    ],
+)
+def test_a_folder_that_is_not_one_whole_build_is_refused(folder, damage, text):
+    damage(folder)
+    with pytest.raises(UserError, match=re.escape(text)) as caught:
+        Manifest.load(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_folder_and_no_samples_are_refused(tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        Manifest.load(tmp_path / "none")
+    Manifest.of_shards(tmp_path, []).write()
+    with pytest.raises(UserError, match="holds no samples"):
+        Manifest.load(tmp_path)
+
+
+def test_a_shard_name_in_a_manifest_is_no_path(folder):
+    entry = {"name": "../00000.tar", "samples": 7, "bytes": 1, "sha256": "", "index_sha256": ""}
+    edit(folder, shards=[entry])
+    with pytest.raises(UserError, match="contradict"):
+        Manifest.load(folder)

@@ -1,0 +1,86 @@
+"""Worker processes: results, errors and endings, with real processes."""
+
+import os
+import signal
+import time
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from data_tools.errors import UserError
+from data_tools.workers import choose_processes, run_tasks
+
+
+def ignore(done: int, failed: int) -> None:
+    pass
+
+
+def square(task: int, report) -> tuple[int, int]:
+    report(1, task % 2)
+    return task * task, os.getpid()
+
+
+def fail(task: int, report) -> None:
+    if task == 2:
+        raise UserError("t.tsv: a mistake in a worker")
+    report(1, 0)
+
+
+def die(task: int, report) -> None:
+    if task == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def work_for_long(folder: Path, report) -> None:
+    """Leave a note of having begun and, unless killed, of having been stopped."""
+    (folder / f"begun {os.getpid()}").touch()
+    try:
+        while True:
+            report(1, 0)
+            time.sleep(0.01)
+    finally:
+        (folder / f"stopped {os.getpid()}").touch()
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_every_task_is_done_once_and_reported(processes):
+    reports = []
+    results = dict(run_tasks(square, range(20), processes, lambda *counts: reports.append(counts)))
+    assert {number: result[0] for number, result in results.items()} == {number: number**2 for number in range(20)}
+    assert len({result[1] for result in results.values()}) <= processes
+    assert sorted(reports) == [(1, 0)] * 10 + [(1, 1)] * 10
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_an_error_in_a_task_is_raised_here(processes):
+    with pytest.raises(UserError, match="a mistake in a worker"):
+        list(run_tasks(fail, range(8), processes, ignore))
+
+
+def test_a_worker_that_dies_is_noticed():
+    with pytest.raises(UserError, match="ended by signal 9, often for lack of memory"):
+        list(run_tasks(die, range(4), 2, ignore))
+
+
+def test_workers_that_are_no_longer_wanted_clean_up(tmp_path):
+    with closing(run_tasks(work_for_long, [tmp_path, tmp_path], 2, interrupt_when_begun(tmp_path))) as results:
+        with pytest.raises(KeyboardInterrupt):
+            next(results)
+    names = sorted(os.listdir(tmp_path))
+    assert [name.split()[0] for name in names] == ["begun", "begun", "stopped", "stopped"]
+
+
+def interrupt_when_begun(folder: Path):
+    def report(done: int, failed: int) -> None:
+        if len(os.listdir(folder)) == 2:
+            raise KeyboardInterrupt
+
+    return report
+
+
+def test_the_number_of_processes():
+    assert choose_processes(3) == 3
+    assert choose_processes(None) >= 1
+    with pytest.raises(UserError, match="--processes 0: give at least 1"):
+        choose_processes(0)

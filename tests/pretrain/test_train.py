@@ -1,0 +1,229 @@
+"""Real runs of the command: resume bit for bit, signals, crashes, and the user's mistakes."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from paths import ROOT, TINY
+from safetensors.torch import load_file
+
+from data_tools.errors import UserError
+from pretrain.__main__ import main
+from pretrain.config import load_config
+from pretrain.train import RunConfig, find_checkpoint
+from pretrain.world import World
+
+STEPS = 8
+
+
+def arguments(shards: Path, run: Path, *overrides: str, config: Path = TINY) -> list[str]:
+    return [
+        "train",
+        str(config),
+        f"run={run}",
+        f"data.path={shards / 'train'}",
+        f"train.duration={STEPS} steps",
+        *overrides,
+    ]
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path) -> list[tuple]:
+    return [(line["step"], line["loss/total"], line["loss/matching"]) for line in metrics(run)]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(sorted((run / "checkpoints").glob("step_*"))[-1] / "weights.safetensors")
+
+
+def assert_same_run(run: Path, expected: Path) -> None:
+    assert losses(run) == losses(expected)
+    found, wanted = weights(run), weights(expected)
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def wait_for_step(run: Path, step: int) -> None:
+    deadline_s = time.monotonic() + 200
+    while time.monotonic() < deadline_s:
+        if (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_text().splitlines()) >= step:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"{run}: step {step} was not reached")
+
+
+@pytest.fixture(scope="module")
+def whole_run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 2 ranks that nothing interrupted."""
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    command = [sys.executable, "-m", "pretrain", *arguments(shards, run), "--ranks", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return run
+
+
+def test_a_run_explains_itself(whole_run: Path) -> None:
+    lines = metrics(whole_run)
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    wanted = {"loss/total", "loss/contrastive", "loss/matching", "rate/samples_per_s", "optimizer/lr", "time/data_s"}
+    assert wanted <= lines[0].keys()
+    assert "--ranks" not in (whole_run / "config.yaml").read_text()
+    assert "pretrain" in (whole_run / "commands.txt").read_text()
+    assert "torch" in json.loads((whole_run / "versions.json").read_text())
+    assert list((whole_run / "tensorboard").glob("events*"))
+    names = [path.name for path in sorted((whole_run / "checkpoints").iterdir())]
+    assert names == ["step_00000006", "step_00000008"]  # each third step and the last; the two newest are kept
+
+
+def test_a_stopped_run_resumes_bit_for_bit(
+    shards: Path, tmp_path: Path, whole_run: Path, start_pretrain, run_pretrain
+) -> None:
+    run = tmp_path / "stopped"
+    process = start_pretrain(*arguments(shards, run), "--ranks", "2")
+    wait_for_step(run, 2)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=200)
+    assert process.returncode == 85 and "Run the same command again" in stderr
+    assert "Traceback" not in stderr
+    assert 2 <= len(metrics(run)) < STEPS
+    code, _, stderr = run_pretrain(*arguments(shards, run), "--ranks", "2")
+    assert code == 0, stderr
+    assert_same_run(run, whole_run)
+
+
+def test_a_killed_run_resumes_bit_for_bit(
+    shards: Path, tmp_path: Path, whole_run: Path, start_pretrain, run_pretrain
+) -> None:
+    run = tmp_path / "killed"
+    process = start_pretrain(*arguments(shards, run), "--ranks", "2")
+    wait_for_step(run, 5)  # the checkpoint of step 3 is there
+    ranks = [int(child) for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    os.kill(ranks[1], signal.SIGKILL)
+    process.communicate(timeout=200)
+    assert process.returncode not in (0, 85)
+    (run / "checkpoints" / "tmp_step_00000006").mkdir(exist_ok=True)  # as a kill in mid-save would leave it
+    code, _, stderr = run_pretrain(*arguments(shards, run), "--ranks", "2")
+    assert code == 0, stderr
+    assert_same_run(run, whole_run)
+    code, _, stderr = run_pretrain(*arguments(shards, run), "--ranks", "2")  # finished already: nothing changes
+    assert code == 0, stderr
+    assert_same_run(run, whole_run)
+
+
+def test_a_damaged_checkpoint_is_passed_over(shards: Path, tmp_path: Path, whole_run: Path, run_pretrain) -> None:
+    run = tmp_path / "damaged"
+    shutil.copytree(whole_run, run)
+    newest = run / "checkpoints" / "step_00000008" / "weights.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    code, _, stderr = run_pretrain(*arguments(shards, run), "--ranks", "2")
+    assert code == 0 and "not a whole checkpoint" in stderr and "trying the one before" in stderr
+    assert_same_run(run, whole_run)
+
+
+def test_a_checkpoint_of_another_model_is_refused_in_one_line(shards: Path, whole_run: Path, run_pretrain) -> None:
+    before = sorted((whole_run / "checkpoints").rglob("*"))
+    code, _, stderr = run_pretrain(*arguments(shards, whole_run, "model.image.layers=3"), "--ranks", "2")
+    assert code == 2 and "model.image.layers 2, now it is 3" in stderr and "new run folder" in stderr
+    assert "Traceback" not in stderr and stderr.count("error:") == 1
+    assert sorted((whole_run / "checkpoints").rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["engine.zero_stage=1"], "engine.zero_stage 2, now it is 1"),
+        (["engine.precision=bf16"], "engine.precision fp32, now it is bf16"),
+        (["model.text.width=64"], "model.text.width 32, now it is 64"),
+        ([], "world_size 2, now it is 1"),
+    ],
+)
+def test_what_must_not_change_is_named(overrides: list[str], message: str, whole_run: Path) -> None:
+    config = load_config(whole_run / "config.yaml", overrides, RunConfig)
+    with pytest.raises(UserError, match=message):
+        find_checkpoint(config, World() if not overrides else WorldOfTwo())
+
+
+class WorldOfTwo(World):
+    """Rank 0 of 2 ranks, where what is shared is what rank 0 has."""
+
+    def __init__(self) -> None:
+        super().__init__(rank=0, size=2)
+
+    def share(self, value: object) -> object:
+        return value
+
+
+@pytest.mark.parametrize(
+    ("overrides", "part"),
+    [
+        (["train.batch_size=64"], "more than the 48 samples"),
+        (["data.path=no/such/folder"], "no/such/folder"),
+        (["engine.precision=fp16"], "fp16 is not supported"),
+        (["model.tokenizer={kind: huggingface, name: no/such-tokenizer-folder}"], "cannot load"),
+    ],
+)
+def test_mistakes_end_in_one_line(
+    overrides: list[str], part: str, shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    code = main(arguments(shards, tmp_path / "run", *overrides))
+    stderr = capfd.readouterr().err
+    assert code == 2 and part in stderr
+    assert "Traceback" not in stderr and stderr.count("error:") == 1
+
+
+def test_resume_never_leaves_an_old_run_alone(shards: Path, whole_run: Path, capfd: pytest.CaptureFixture) -> None:
+    assert main(arguments(shards, whole_run, "train.resume=never")) == 2
+    assert "already holds step_00000008" in capfd.readouterr().err
+
+
+def test_check_prints_the_resolved_config(capfd: pytest.CaptureFixture) -> None:
+    assert main(["train", str(TINY), "--check", "engine.lr=5e-4"]) == 0
+    stdout = capfd.readouterr().out
+    assert "lr: 0.0005" in stdout and "weight_decay: 0.2" in stdout
+    assert main(["train", str(TINY), "--check", "engine.lrr=5e-4"]) == 2
+    assert "Did you mean 'lr'" in capfd.readouterr().err
+
+
+SMALL = [
+    "model.image.width=64",
+    "model.image.layers=1",
+    "model.text.width=64",
+    "model.text.layers=1",
+    "model.text.heads=2",
+    "model.fusion.width=64",
+    "model.fusion.layers=1",
+    "model.fusion.heads=2",
+    "model.embed_dim=32",
+    "train.batch_size=4",
+    "train.duration=2 steps",
+    "train.log_every_steps=1",
+    "engine.warmup_steps=1",
+]
+
+
+@pytest.mark.parametrize(("name", "size"), [("vit_b16", 64), ("vit_l14", 56)])
+def test_large_configs_run_with_small_towers(name: str, size: int, shards: Path, tmp_path: Path, run_pretrain) -> None:
+    overrides = [*SMALL, f"model.image.image_size={size}"]
+    config = ROOT / "configs" / f"{name}.yaml"
+    code, _, stderr = run_pretrain(*arguments(shards, tmp_path / "run", *overrides, config=config), "--ranks", "2")
+    assert code == 0, stderr
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2]
+
+
+def test_it_runs_under_torchrun(shards: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pretrain"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    command += arguments(shards, tmp_path / "run", "train.duration=2 steps")
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(metrics(tmp_path / "run")) == 2

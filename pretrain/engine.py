@@ -76,16 +76,17 @@ def import_deepspeed() -> Any:
     with hidden_stderr():
         import deepspeed
 
+        # On CPUs it would compile a shared-memory all-reduce at start, which fails without a compiler and leaves files
+        # in /dev/shm after a crash. gloo does the same work.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # its import sets the level once more
-    # On CPUs it would compile a shared-memory all-reduce at start, which fails without a compiler and leaves files in
-    # /dev/shm after a crash. gloo does the same work.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 
 @contextlib.contextmanager
 def hidden_stderr() -> Iterator[None]:
-    """Drop what child processes print meanwhile: at its import DeepSpeed tries to link libaio, and the linker complains."""
+    """Drop what child processes print meanwhile: DeepSpeed, asked what it could compile, tries to link libaio, and the
+    linker complains."""
     sys.stderr.flush()
     kept = os.dup(2)
     with open(os.devnull, "wb") as nothing:

@@ -1,171 +1,299 @@
-"""A table of images and captions -> a shard folder, in parallel, and the same bytes however often it was interrupted.
+"""Rows of any source -> a shard folder, in parallel, and the same bytes however often it was interrupted.
 
-Shard i holds a fixed range of the input samples, so any worker can make it alone. Its statistics file is written last
-and says that it is complete; build.json, written first, says which build the folder holds.
+Shard i holds a fixed range of the input samples (see plan.py), so any process or machine can make it alone. Its
+statistics file is written last and says that it is complete; build.json, written first, says which build the folder
+holds; manifest.json, written last of all, that the build is finished.
 """
 
 import hashlib
+import importlib.metadata
 import json
 import os
-import sys
+import shutil
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable
-from contextlib import closing
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import PIL
 import pyarrow
-import pyarrow.parquet
 
+from data_tools.captions import CaptionError, CaptionPolicy, clean_caption
 from data_tools.errors import UserError
-from data_tools.files import (
-    TEMPORARY_SUFFIX,
-    format_bytes,
-    format_counts,
-    hash_file,
-    lock_folder,
-    write_atomic,
-    write_json_atomic,
+from data_tools.fetch import HEALABLE, FetchOptions, fetch_all
+from data_tools.files import Folder, format_counts, is_url, open_folder
+from data_tools.folder import (
+    add_counts,
+    count,
+    identify,
+    is_finished,
+    list_stems,
+    load_finished_shards,
+    load_state,
+    name_shards,
+    prepare_folder,
+    remove_leftovers,
+    remove_run,
+    render_summary,
+    select_info,
+    write_sidecar,
 )
-from data_tools.image import PictureError, prepare_picture, read_picture
-from data_tools.shards import (
-    INDEX_SUFFIX,
-    MANIFEST_NAME,
-    SIZES_NAME,
-    Manifest,
-    ShardInfo,
-    ShardWriter,
-    check_shard_files,
-    write_shard,
-)
-from data_tools.sources import Row, read_rows
+from data_tools.image import ImagePolicy, PictureError, prepare_picture
+from data_tools.plan import Plan, Sample, load_or_make_plan, read_samples, write_samples
+from data_tools.shards import MANIFEST_NAME, RETRY_NAME, Manifest, ShardWriter, write_shard
+from data_tools.sources import Source, open_source
 from data_tools.workers import Report, choose_processes, open_progress_bar, run_tasks
 
-STATE_NAME = "build.json"
-STATE_FORMAT = 1
-SIDECAR_SCHEMA = pyarrow.schema(
-    [
-        ("key", pyarrow.string()),
-        ("status", pyarrow.string()),
-        ("error", pyarrow.string()),
-        ("caption", pyarrow.string()),
-        ("captions", pyarrow.list_(pyarrow.string())),
-        ("width", pyarrow.int32()),
-        ("height", pyarrow.int32()),
-        ("original_width", pyarrow.int32()),
-        ("original_height", pyarrow.int32()),
-        ("sha256", pyarrow.string()),
-        ("offset", pyarrow.int64()),
-        ("size", pyarrow.int64()),
-        ("source", pyarrow.string()),
-    ]
-)
-"""A row for each input sample. `sha256` is that of the stored JPEG, `offset` and `size` say where it is in the tar."""
+PLAN_NAME = "plan.tmp"
+SIDECAR_FIELDS = [
+    ("key", pyarrow.string()),
+    ("status", pyarrow.string()),
+    ("error", pyarrow.string()),
+    ("caption", pyarrow.string()),
+    ("captions", pyarrow.list_(pyarrow.string())),
+    ("width", pyarrow.int32()),
+    ("height", pyarrow.int32()),
+    ("original_width", pyarrow.int32()),
+    ("original_height", pyarrow.int32()),
+    ("sha256", pyarrow.string()),
+    ("offset", pyarrow.int64()),
+    ("size", pyarrow.int64()),
+    ("source", pyarrow.string()),
+]
+"""A row for each input sample. `sha256` is that of the stored picture, `offset` and `size` say where it is in the tar.
+The other columns of the input follow."""
 
 _LOOKED_UP_FIRST = 1000
-_NAMES_SHOWN = 3
 
 
-@dataclass(slots=True)
-class _Sample:
-    """One image of the input: its usable captions in input order, and why others were refused."""
+@dataclass(frozen=True)
+class _Recipe:
+    """What all shards of a build have in common; it goes to the worker processes."""
 
-    source: str
-    captions: list[str] = field(default_factory=list)
-    refusals: list[str] = field(default_factory=list)
+    out: Folder
+    build: str
+    source: Source | None  # of embedded pictures
+    fetch: FetchOptions
+    images: ImagePolicy
+    captions: CaptionPolicy
+    samples_per_shard: int
+    extra: dict[str, tuple[str, str]]  # column of the input -> its name in the sidecar, and the name of its type
+
+    @property
+    def schema(self) -> pyarrow.Schema:
+        columns = [(name, getattr(pyarrow, kind)()) for name, kind in self.extra.values()]
+        return pyarrow.schema([*SIDECAR_FIELDS, *columns])
 
 
 @dataclass(frozen=True)
 class _ShardTask:
     """All that a worker needs to make one shard alone."""
 
-    out: Path
+    recipe: _Recipe
     stem: str
-    build: str
-    image_root: Path
-    resize: int
-    samples: list[_Sample]
-    keys: list[str]
+    rows: Path  # of the plan
+    samples: int
 
 
 def build_shards(
     input: str | Path,
     out: str | Path,
-    image_root: str | Path,
+    image_root: str | Path | None = None,
     *,
-    image_column: str = "filename",
-    caption_column: str = "caption",
-    samples_per_shard: int = 1000,
-    resize: int = 256,
-    processes: int | None = None,
-    seed: int | None = None,
+    kind: str | None = None,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    keep_columns: Sequence[str] | None = None,
     keep_list: str | Path | None = None,
+    samples_per_shard: int = 1000,
+    seed: int | None = None,
+    images: ImagePolicy | None = None,
+    captions: CaptionPolicy | None = None,
+    fetch: FetchOptions | None = None,
+    processes: int | None = None,
+    task: tuple[int, int] | None = None,
     restart: bool = False,
-) -> Manifest:
-    """Build the folder `out` from the table `input` (see sources.py) and the pictures under `image_root`.
+) -> Manifest | None:
+    """Build the folder (or fsspec URL) `out` from `input` (see sources.py).
 
     Rows of one image become one sample with all their captions. Samples stay in input order, or are shuffled by `seed`.
-    `resize` is the greatest shorter side in pixels, 0 keeps every size. `keep_list` is a file with one image name a
-    line: only those are built. A run that was cut short goes on, a finished one is left alone; `restart` removes what
+    Names of pictures start from `image_root` (default: where the input lies). `keep_list` is a file with one image name
+    a line: only those are built. A run that was cut short goes on, a finished one is left alone; `restart` removes what
     an earlier build wrote. Pictures that cannot be used are counted, and listed in the .parquet files with the reason.
+
+    With `task` (number from 1, tasks) only every so many-th shard is made, and None returned: `finish` writes the
+    manifest when all tasks are done. Tasks share nothing but the folder, and may run at once, on any machines.
 
     Raises UserError for input that cannot be used, for a folder that holds another build or other tars, and when not
     one sample could be made.
     """
-    input, out, image_root = Path(input), Path(out), Path(image_root)
-    if samples_per_shard < 1 or resize < 0:
-        raise UserError(
-            f"--samples-per-shard {samples_per_shard} --resize {resize}: give at least 1, and 0 or a number of pixels"
-        )
-    if not image_root.is_dir():
-        raise UserError(f"{image_root}: no such folder. Give the folder of the pictures as --image-root")
+    images, captions, fetch = images or ImagePolicy(), captions or CaptionPolicy(), fetch or FetchOptions()
+    if samples_per_shard < 1:
+        raise UserError(f"--samples-per-shard {samples_per_shard}: give at least 1")
+    if task is not None and not 1 <= task[0] <= task[1]:
+        raise UserError(f"--task {task[0]}/{task[1]}: give the task's number, from 1, and the number of tasks: 3/16")
+    if task is not None and restart:
+        raise UserError("--task and --restart: to begin anew, remove OUT before the tasks start")
     processes = choose_processes(processes)
     keep = None if keep_list is None else _read_keep_list(Path(keep_list))
+    source = open_source(
+        str(input), kind=kind, image_column=image_column, caption_column=caption_column, keep_columns=keep_columns
+    )
+    fetch = replace(fetch, image_root=_find_image_root(str(input), image_root))
     options = {
-        "input": input.name,
-        "input_sha256": hash_file(input),
+        "input": Path(str(input).rstrip("/")).name,
+        "input_sha256": source.identity(),
         "keep_list_sha256": None if keep is None else hashlib.sha256("\n".join(sorted(keep)).encode()).hexdigest(),
+        "kind": kind,
         "image_column": image_column,
         "caption_column": caption_column,
+        "keep_columns": None if keep_columns is None else list(keep_columns),
         "samples_per_shard": samples_per_shard,
-        "resize": resize,
         "seed": seed,
+        **_flatten("images", images),
+        **_flatten("captions", captions),
     }
-    out.mkdir(parents=True, exist_ok=True)
-    with lock_folder(out):
-        state = _load_state(out)
+    folder = open_folder(out)
+    folder.make()
+    with ExitStack() as stack:
+        stack.enter_context(folder.lock(exclusive=task is None))
+        state = load_state(folder)
         if state is not None and restart:
-            _remove_build(out, state)
+            remove_run(folder, state)
             state = None
-        if state is not None and _is_finished(out, state, options, image_root):
-            manifest = Manifest.load(out)
-            print(f"{out}: this build is finished already, with {manifest.samples} samples")
+        if state is not None and is_finished(folder, state, options | {"image_root": fetch.image_root}, versions()):
+            manifest = Manifest.load(folder)
+            print(f"{folder}: this build is finished already, with {manifest.samples} samples")
             return manifest
-        samples = _choose_samples(input, _group_rows(read_rows(input, image_column, caption_column)), keep, seed)
-        _look_up_pictures(image_root, samples)
-        tasks = _plan_shards(out, _identify(options), image_root, resize, samples_per_shard, samples)
-        _prepare_folder(out, [task.stem for task in tasks], state is None, options, image_root)
-        return _build(out, tasks, options, processes)
+        build = identify(options)
+        place = stack.enter_context(_plan_place(folder))
+        plan = load_or_make_plan(source, place, build, samples_per_shard, seed, keep)
+        if not source.embedded:
+            _look_up_pictures(fetch.image_root, plan)
+        columns = _name_columns(source.extra_columns())
+        embedded = source if source.embedded else None
+        recipe = _Recipe(folder, build, embedded, fetch, images, captions, samples_per_shard, columns)
+        stems = name_shards(plan.shards)
+        tasks = [_ShardTask(recipe, stem, plan.path(i), plan.count(i)) for i, stem in enumerate(stems)]
+        tasks = tasks if task is None else tasks[task[0] - 1 :: task[1]]
+        facts = {"image_root": fetch.image_root, "columns": columns, "fetch": asdict(fetch), **versions()}
+        prepare_folder(folder, stems, state, options, mine=[part.stem for part in tasks], **facts)
+        started_s = time.monotonic()
+        statistics, tried = _make_shards(tasks, processes)
+        if task is not None:
+            print(f"{folder}: task {task[0]} of {task[1]} is done: {len(tasks)} of {len(stems)} shards")
+            return None
+        elapsed_s = time.monotonic() - started_s
+        manifest = _finish(folder, statistics, options, f"{tried / max(elapsed_s, 1e-9):.0f} images/s")
+    _remove_plan(folder)
+    return manifest
+
+
+def finish_build(out: str | Path) -> Manifest:
+    """Write the manifest of a build whose tasks have made all shards. Raises UserError when one is missing."""
+    folder = open_folder(out)
+    with folder.lock():
+        state = load_state(folder)
+        if state is None:
+            raise UserError(f"{folder}: holds no build. Give the OUT of the tasks")
+        if folder.size(MANIFEST_NAME) is not None:
+            manifest = Manifest.load(folder)
+            print(f"{folder}: this build is finished already, with {manifest.samples} samples")
+            return manifest
+        stems = list_stems(state)
+        statistics = load_finished_shards(folder, stems, identify(state["options"]))
+        missing = [stem for stem, found in zip(stems, statistics, strict=True) if found is None]
+        if missing:
+            raise UserError(
+                f"{folder}: {len(missing)} of {len(stems)} shards are not there (such as {missing[0]}). Run the tasks "
+                "that make them, or the same build without --task"
+            )
+        manifest = _finish(folder, statistics, state["options"])
+    _remove_plan(folder)
+    return manifest
+
+
+def retry_failures(out: str | Path, processes: int | None = None, fetch: FetchOptions | None = None) -> Manifest:
+    """Try again what failed for a reason that can heal (time-outs, server errors, names that were not found), and write
+    what comes as added shards; what is there stays untouched. `fetch` goes over the settings of the build.
+
+    Raises UserError for a folder without a finished build.
+    """
+    processes, folder = choose_processes(processes), open_folder(out)
+    with folder.lock(), tempfile.TemporaryDirectory() as work:
+        state, manifest = load_state(folder), Manifest.load(folder)
+        if state is None:
+            raise UserError(f"{folder}: holds no build.json, so what was asked for is not known. Build it again")
+        samples = _list_healable(manifest, state["columns"])
+        if not samples:
+            print(f"{folder}: none of its {manifest.failures} failures is of a kind that can heal")
+            return manifest
+        options, settings = state["options"], fetch or FetchOptions(**state["fetch"])
+        recipe = _Recipe(
+            folder,
+            f"{manifest.build}-{len(manifest.shards)}",
+            None,
+            replace(settings, image_root=state["image_root"]),
+            ImagePolicy(**_pick(options, "images")),
+            CaptionPolicy(),  # the captions are clean already
+            options["samples_per_shard"],
+            {name: tuple(column) for name, column in state["columns"].items()},
+        )
+        size = options["samples_per_shard"]
+        cuts = range(0, len(samples), size)
+        stems = name_shards(len(manifest.shards) + len(cuts))[len(manifest.shards) :]
+        tasks = []
+        for start, stem in zip(cuts, stems, strict=True):
+            part = samples[start : start + size]
+            tasks.append(_ShardTask(recipe, stem, Path(work) / f"{stem}.parquet", len(part)))
+            write_samples(tasks[-1].rows, part)
+        folder.write_json(RETRY_NAME, {"shards": [f"{stem}.tar" for stem in stems]})
+        remove_leftovers(folder, stems)
+        statistics, _ = _make_shards(tasks, processes)
+        healed = [part for part in statistics if part["samples"]]
+        for part in statistics:
+            if not part["samples"]:
+                for suffix in (".tar", ".tar.idx", ".parquet", "_stats.json"):
+                    folder.remove(part["name"].removesuffix(".tar") + suffix)
+        retried = [*manifest.options.get("retried", []), *(part["name"] for part in healed)]
+        gained = sum(part["samples"] for part in healed)
+        manifest = Manifest.of_shards(
+            folder,
+            [*manifest.shards, *map(select_info, healed)],
+            manifest.build,
+            manifest.failures - gained,
+            manifest.captions + sum(part["captions"] for part in healed),
+            {**manifest.options, "retried": retried},
+        )
+        manifest.write()
+        folder.remove(RETRY_NAME)
+    print(
+        f"{folder}: {gained} of {len(samples)} healed, in {len(healed)} added shards; {manifest.failures} failures are left"
+    )
+    return Manifest.load(folder)
 
 
 # What is to be built
 
 
-def _group_rows(rows: Iterable[Row]) -> dict[str, _Sample]:
-    """One sample an image, in the order of their first rows, wherever its other rows stand."""
-    samples: dict[str, _Sample] = {}
-    for row in rows:
-        sample = samples.get(row.image)
-        if sample is None:
-            sample = samples[row.image] = _Sample(row.image)
-        if row.refusal:
-            sample.refusals.append(row.refusal)
-        else:
-            sample.captions.append(row.caption)
-    return samples
+def _flatten(section: str, policy: Any) -> dict[str, Any]:
+    """The fields of a policy as `section.name`, as JSON has them, so that a difference can be named."""
+    return {f"{section}.{name}": json.loads(json.dumps(value)) for name, value in asdict(policy).items()}
+
+
+def _pick(options: dict[str, Any], section: str) -> dict[str, Any]:
+    """The arguments that `_flatten` has described."""
+    values = {name.partition(".")[2]: value for name, value in options.items() if name.startswith(section + ".")}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def versions() -> dict[str, str]:
+    """The versions of what decodes and encodes pictures: one build is made by one set of them."""
+    return {name: importlib.metadata.version(name) for name in ("pillow", "simplejpeg")}
 
 
 def _read_keep_list(path: Path) -> set[str]:
@@ -178,240 +306,202 @@ def _read_keep_list(path: Path) -> set[str]:
     return names
 
 
-def _choose_samples(input: Path, samples: dict[str, _Sample], keep: set[str] | None, seed: int | None) -> list[_Sample]:
-    """The samples that are on the keep list, in input order or shuffled: a hash of seed and name is a pure function."""
-    if keep is not None:
-        absent = sorted(keep - samples.keys())
-        if len(absent) == len(keep):
-            raise UserError(f"{input}: none of the {len(keep)} names of --keep-list (first: {absent[0]}). Check both")
-        if absent:
-            shown = ", ".join(absent[:_NAMES_SHOWN])
-            text = f"warning: {input}: {len(absent)} of {len(keep)} names of --keep-list are not in it (first: {shown})"
-            print(text, file=sys.stderr)
-    chosen = [sample for name, sample in samples.items() if keep is None or name in keep]
-    if not chosen:
-        raise UserError(f"{input}: no rows. Give a table with a header and one row a caption")
-    if seed is not None:
-        chosen.sort(key=lambda sample: hashlib.sha256(f"{seed}/{sample.source}".encode()).digest())
-    return chosen
+def _find_image_root(input: str, image_root: str | Path | None) -> str:
+    """Where names of pictures start: as given, else where the input lies. Raises UserError for a folder that is not."""
+    if image_root is None:
+        if is_url(input):
+            return input.rpartition("/")[0]
+        path = Path(input)
+        return str((path if path.is_dir() else path.parent).resolve())
+    if is_url(str(image_root)):
+        return str(image_root).rstrip("/")
+    if not Path(image_root).is_dir():
+        raise UserError(f"{image_root}: no such folder. Give the folder of the pictures as --image-root")
+    return str(Path(image_root).resolve())
 
 
-def _look_up_pictures(image_root: Path, samples: list[_Sample]) -> None:
+def _look_up_pictures(image_root: str, plan: Plan) -> None:
     """Refuse a wrong image root before thousands of failures are written."""
-    first = samples[:_LOOKED_UP_FIRST]
-    if not any(os.path.exists(image_root / sample.source) for sample in first):
+    first = [sample.source for sample in islice(read_samples(plan.path(0)), _LOOKED_UP_FIRST)]
+    if is_url(image_root) or any(map(is_url, first)):
+        return
+    if not any(os.path.exists(os.path.join(image_root, name)) for name in first if "\0" not in name):
         raise UserError(
-            f"{image_root}: none of the first {len(first)} pictures is here (such as {first[0].source}). "
+            f"{image_root}: none of the first {len(first)} pictures is here (such as {first[0]}). "
             "Give their folder as --image-root"
         )
 
 
-def _identify(options: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:16]
+def _name_columns(columns: dict[str, pyarrow.DataType]) -> dict[str, tuple[str, str]]:
+    """For each other column of the input, its name in the sidecar (none of ours) and the name of its type."""
+    own = {name for name, _ in SIDECAR_FIELDS}
+    return {name: (f"source_{name}" if name in own else name, str(kind)) for name, kind in columns.items()}
 
 
-def _plan_shards(
-    out: Path, build: str, image_root: Path, resize: int, samples_per_shard: int, samples: list[_Sample]
-) -> list[_ShardTask]:
-    """Cut the samples into shards; keys are the shard's number and the place in it, failures included."""
-    starts = range(0, len(samples), samples_per_shard)
-    digits = max(4, len(str(samples_per_shard - 1)))
-    tasks = []
-    for start, stem in zip(starts, _name_shards(len(starts)), strict=True):
-        part = samples[start : start + samples_per_shard]
-        keys = [f"{stem}{place:0{digits}d}" for place in range(len(part))]
-        tasks.append(_ShardTask(out, stem, build, image_root, resize, part, keys))
-    return tasks
+@contextmanager
+def _plan_place(folder: Folder) -> Iterator[Path]:
+    """Where the plan lies: inside a local folder, to be shared by tasks and found again; else in a temporary one."""
+    if type(folder) is Folder:
+        yield folder.path / PLAN_NAME
+        return
+    with tempfile.TemporaryDirectory() as work:
+        yield Path(work)
 
 
-def _name_shards(count: int) -> list[str]:
-    digits = max(5, len(str(count - 1)))
-    return [f"{number:0{digits}d}" for number in range(count)]
-
-
-# What the folder holds
-
-
-def _load_state(out: Path) -> dict[str, Any] | None:
-    """What build.json says, or None for a folder without a build. Raises UserError for a folder of other things."""
-    path = out / STATE_NAME
-    if path.exists():
-        try:
-            state = json.loads(path.read_bytes())
-            if state["format"] == STATE_FORMAT and isinstance(state["shards"], int) and state["options"]:
-                return state
-        except (ValueError, KeyError, TypeError):
-            pass
-        raise UserError(f"{path}: not the state of a build that this version knows. Give another folder")
-    foreign = [name for name in os.listdir(out) if not name.endswith(TEMPORARY_SUFFIX)]
-    if foreign:
-        raise UserError(f"{out}: holds files but no build (such as {min(foreign)}). Give an empty or a new folder")
-    return None
-
-
-def _is_finished(out: Path, state: dict[str, Any], options: dict[str, Any], image_root: Path) -> bool:
-    """Whether this very build is complete. Raises UserError when the folder holds another one."""
-    wanted = {**options, "image_root": str(image_root.resolve())}
-    found = {**state["options"], "image_root": state["image_root"]}
-    finished = (out / MANIFEST_NAME).exists()
-    if not finished:  # what is there was made by one version of the decoder and encoder: do not mix
-        wanted["pillow"], found["pillow"] = PIL.__version__, state["pillow"]
-    differences = [f"{key} {found.get(key)}, not {wanted[key]}" for key in wanted if found.get(key) != wanted[key]]
-    if differences:
-        raise UserError(
-            f"{out}: holds a build with {'; '.join(differences)}. Give the same, another folder, or --restart to "
-            "remove it and begin anew"
-        )
-    return finished
-
-
-def _list_own_files(stems: list[str]) -> set[str]:
-    """The names that a build of these shards may write."""
-    suffixes = (".tar", ".tar" + INDEX_SUFFIX, ".parquet", "_stats.json")
-    return {MANIFEST_NAME, SIZES_NAME, STATE_NAME, *(stem + suffix for stem in stems for suffix in suffixes)}
-
-
-def _remove_build(out: Path, state: dict[str, Any]) -> None:
-    """Remove the files of the build that build.json tells of, and no others; build.json itself goes last."""
-    own = _list_own_files(_name_shards(state["shards"]))
-    for name in sorted(own, key=lambda name: (name != MANIFEST_NAME, name == STATE_NAME)):
-        (out / name).unlink(missing_ok=True)
-    _remove_leftovers(out, own)
-
-
-def _remove_leftovers(out: Path, own: set[str]) -> None:
-    """Remove the temporary files that a killed run has left."""
-    for name in os.listdir(out):
-        if name.endswith(TEMPORARY_SUFFIX) and name.removesuffix(TEMPORARY_SUFFIX).rpartition(".")[0] in own:
-            (out / name).unlink()
-
-
-def _prepare_folder(out: Path, stems: list[str], new: bool, options: dict[str, Any], image_root: Path) -> None:
-    """Check that no foreign tars lie where readers would take them for shards, clean up, and write build.json."""
-    own = _list_own_files(stems)
-    foreign = [name for name in os.listdir(out) if name.endswith(".tar") and name not in own]
-    if foreign:
-        raise UserError(f"{out}: holds tars of another build (such as {min(foreign)}). Move them, or give a new folder")
-    _remove_leftovers(out, own)
-    if new:
-        state = {
-            "format": STATE_FORMAT,
-            "shards": len(stems),
-            "image_root": str(image_root.resolve()),
-            "pillow": PIL.__version__,
-            "options": options,
-        }
-        write_json_atomic(out / STATE_NAME, state)
+def _remove_plan(folder: Folder) -> None:
+    if type(folder) is Folder:
+        shutil.rmtree(folder.path / PLAN_NAME, ignore_errors=True)
 
 
 # Building
 
 
-def _build(out: Path, tasks: list[_ShardTask], options: dict[str, Any], processes: int) -> Manifest:
-    """Make the shards that are not there yet, then the manifest, and print what came of it."""
-    shards = [_load_finished_shard(task) for task in tasks]
-    waiting = [number for number, statistics in enumerate(shards) if statistics is None]
-    samples = sum(len(tasks[number].samples) for number in waiting)
+def _make_shards(tasks: list[_ShardTask], processes: int) -> tuple[list[dict[str, Any]], int]:
+    """Make the shards that are not there yet; returns the statistics of all, and the number of samples tried now."""
+    if not tasks:
+        return [], 0
+    folder, build = tasks[0].recipe.out, tasks[0].recipe.build
+    found = load_finished_shards(folder, [task.stem for task in tasks], build)
+    waiting = [number for number, statistics in enumerate(found) if statistics is None]
     if len(waiting) < len(tasks):
-        print(f"{out}: going on, {len(tasks) - len(waiting)} of {len(tasks)} shards are there already")
-    started_s = time.monotonic()
+        print(f"{folder}: going on, {len(tasks) - len(waiting)} of {len(tasks)} shards are there already")
+    samples = sum(tasks[number].samples for number in waiting)
     with open_progress_bar(samples, "sample") as report:
         results = run_tasks(_build_shard, [tasks[number] for number in waiting], processes, report)
         with closing(results):
             for place, statistics in results:
-                shards[waiting[place]] = statistics
-    elapsed_s = time.monotonic() - started_s
-    failures, refusals = (
-        sum((Counter(statistics[part]) for statistics in shards), Counter())
-        for part in ("failures_by_reason", "refused_captions")
+                found[waiting[place]] = statistics
+    return found, samples
+
+
+def _finish(folder: Folder, statistics: list[dict[str, Any]], options: dict[str, Any], rate: str = "") -> Manifest:
+    """Write the manifest, and print what came of the build."""
+    failures = add_counts(part["failures_by_reason"] for part in statistics)
+    manifest = Manifest.of_shards(
+        folder,
+        [select_info(part) for part in statistics],
+        identify(options),
+        failures.total(),
+        sum(part["captions"] for part in statistics),
+        {**options, **versions()},
     )
-    infos = [_select_info(statistics) for statistics in shards]
-    captions = sum(statistics["captions"] for statistics in shards)
-    build, options = tasks[0].build, {**options, "pillow": PIL.__version__}
-    manifest = Manifest.of_shards(out, infos, build, failures.total(), captions, options)
     if manifest.samples == 0:
         raise UserError(
-            f"{out}: not one of {failures.total()} samples could be made ({format_counts(failures)}). Mend that, and "
+            f"{folder}: not one of {failures.total()} samples could be made ({format_counts(failures)}). Mend that, and "
             "run again with --restart"
         )
     manifest.write()
-    print(
-        f"{out}: {manifest.samples} samples, {captions} captions, {format_bytes(manifest.bytes)} in {len(tasks)} tars; "
-        f"{samples / max(elapsed_s, 1e-9):.0f} images/s"
-    )
-    if failures:
-        print(f"failures: {failures.total()} ({format_counts(failures)}); see the error column of {out}/*.parquet")
-    if refusals:
-        print(f"captions refused: {refusals.total()} ({format_counts(refusals)})")
-    return Manifest.load(out)
-
-
-def _load_finished_shard(task: _ShardTask) -> dict[str, Any] | None:
-    """The statistics of a shard whose files are all there, else None."""
-    try:
-        statistics = json.loads((task.out / f"{task.stem}_stats.json").read_bytes())
-        check_shard_files(task.out, _select_info(statistics))
-    except (FileNotFoundError, ValueError, KeyError, UserError):
-        return None
-    complete = statistics["build"] == task.build and (task.out / f"{task.stem}.parquet").exists()
-    return statistics if complete else None
-
-
-def _select_info(statistics: dict[str, Any]) -> ShardInfo:
-    return ShardInfo(**{part.name: statistics[part.name] for part in fields(ShardInfo)})
+    print(render_summary(manifest, failures, add_counts(part["refused_captions"] for part in statistics), rate))
+    return Manifest.load(folder)
 
 
 def _build_shard(task: _ShardTask, report: Report) -> dict[str, Any]:
     """Write one shard's tar, index, sidecar and, last, its statistics; return the statistics."""
-    tar = task.out / f"{task.stem}.tar"
+    recipe, name = task.recipe, f"{task.stem}.tar"
+    digits = max(4, len(str(recipe.samples_per_shard - 1)))
+    samples = list(read_samples(task.rows))
+    refusals: Counter[str] = Counter()
+    for sample in samples:
+        _clean_captions(sample, recipe.captions)
+        refusals.update(sample.refusals)
     rows = []
-    with write_shard(tar) as writer:
-        for key, sample in zip(task.keys, task.samples, strict=True):
+    with write_shard(recipe.out, name) as writer, closing(_read_pictures(recipe, samples)) as pictures:
+        for place, sample in enumerate(samples):
+            key = f"{task.stem}{place:0{digits}d}"
+            extra = json.loads(sample.extra) if sample.extra else {}
             row = {"key": key, "source": sample.source, "captions": sample.captions}
+            row |= {recipe.extra[column][0]: value for column, value in extra.items() if column in recipe.extra}
             try:
-                row |= _add_sample(writer, key, sample, task)
+                if not sample.captions:
+                    raise PictureError("no caption", sample.refusals[0])
+                row |= _add_sample(writer, key, sample, next(pictures), recipe.images, extra)
                 row |= {"status": "success", "caption": sample.captions[0]}
             except PictureError as error:
                 row |= {"status": "failure", "error": str(error), "reason": error.reason}
             rows.append(row)
-            report(1, int("reason" in row))
-    sidecar = pyarrow.BufferOutputStream()
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, SIDECAR_SCHEMA), sidecar, compression="zstd")
-    write_atomic(tar.with_suffix(".parquet"), sidecar.getvalue().to_pybytes())
+            report(1, row.get("reason", ""), row.get("size", 0))
+    write_sidecar(recipe.out, name, rows, recipe.schema)
     made = [row for row in rows if row["status"] == "success"]
     statistics = {
         **asdict(writer.info),
-        "build": task.build,
+        "build": recipe.build,
         "failures": len(rows) - len(made),
         "captions": sum(len(row["captions"]) for row in made),
-        "failures_by_reason": _count(row["reason"] for row in rows if "reason" in row),
-        "refused_captions": _count(refusal for sample in task.samples for refusal in sample.refusals),
+        "failures_by_reason": count(row["reason"] for row in rows if "reason" in row),
+        "refused_captions": dict(sorted(refusals.items())),
     }
-    write_json_atomic(task.out / f"{task.stem}_stats.json", statistics)
+    recipe.out.write_json(f"{task.stem}_stats.json", statistics)
     return statistics
 
 
-def _add_sample(writer: ShardWriter, key: str, sample: _Sample, task: _ShardTask) -> dict[str, Any]:
+def _clean_captions(sample: Sample, policy: CaptionPolicy) -> None:
+    """Clean the captions in place; those that cannot be used become refusals, repeated ones go."""
+    cleaned = []
+    for caption in sample.captions:
+        try:
+            cleaned.append(clean_caption(caption, policy))
+        except CaptionError as error:
+            sample.refusals.append(error.reason)
+    sample.captions = cleaned
+
+
+def _read_pictures(recipe: _Recipe, samples: list[Sample]) -> Iterator[bytes | PictureError]:
+    """The bytes of the pictures that have a caption, or why there are none, in order."""
+    wanted = [sample for sample in samples if sample.captions]
+    if recipe.source is None:
+        yield from fetch_all([sample.source for sample in wanted], recipe.fetch)
+        return
+    for sample in wanted:
+        try:
+            yield recipe.source.read_embedded(sample.place)
+        except PictureError as error:
+            yield error
+
+
+def _add_sample(
+    writer: ShardWriter,
+    key: str,
+    sample: Sample,
+    content: bytes | PictureError,
+    policy: ImagePolicy,
+    extra: dict[str, Any],
+) -> dict[str, Any]:
     """Append one sample to the tar and return its part of the sidecar's row. Raises PictureError."""
-    if not sample.captions:
-        raise PictureError("no caption", sample.refusals[0])
-    picture = prepare_picture(read_picture(task.image_root, sample.source), task.resize)
+    if isinstance(content, PictureError):
+        raise content
+    picture = prepare_picture(content, policy)
     facts = {
         "width": picture.width,
         "height": picture.height,
         "original_width": picture.original_width,
         "original_height": picture.original_height,
-        "sha256": hashlib.sha256(picture.jpeg).hexdigest(),
+        "sha256": hashlib.sha256(picture.data).hexdigest(),
     }
-    content = {"captions": sample.captions, "key": key, "source": sample.source, **facts}
+    described = {**extra, "captions": sample.captions, "key": key, "source": sample.source, **facts}
     fields = {
-        "jpg": picture.jpeg,
+        picture.extension: picture.data,
         "txt": sample.captions[0].encode(),
-        "json": json.dumps(content, ensure_ascii=False).encode(),
+        "json": json.dumps(described, ensure_ascii=False).encode(),
     }
     offset, size = writer.add(key, fields)
     return {**facts, "offset": offset, "size": size}
 
 
-def _count(reasons: Iterable[str]) -> dict[str, int]:
-    return dict(sorted(Counter(reasons).items()))
+# Trying again
+
+
+def _list_healable(manifest: Manifest, columns: dict[str, Any]) -> list[Sample]:
+    """The samples whose last failure can heal, in dataset order. As many as there are, in memory."""
+    failed: dict[str, Sample] = {}
+    names = ["source", "status", "error", "captions", *(name for name, _ in columns.values())]
+    for number in range(len(manifest.shards)):
+        for row in manifest.read_sidecar(number, names, failures=True).to_pylist():
+            if row["status"] == "success":
+                failed.pop(row["source"], None)
+            elif row["error"].partition(": ")[0] in HEALABLE:
+                values = {column: row[name] for column, (name, _) in columns.items()}
+                extra = json.dumps(values, ensure_ascii=False) if values else ""
+                failed[row["source"]] = Sample(row["source"], row["captions"], [], extra, "")
+            else:
+                failed.pop(row["source"], None)
+    return list(failed.values())

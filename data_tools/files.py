@@ -1,4 +1,7 @@
-"""Files that are complete when they stand under their final name: temporary name, fsync, rename, fsync of folder."""
+"""Files that are complete when they stand under their final name: temporary name, fsync, rename, fsync of folder.
+
+`open_folder` gives one view of a flat folder, whether it is local or behind a URL that fsspec knows (s3://, gs://, ...).
+"""
 
 import contextlib
 import errno
@@ -6,7 +9,10 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import secrets
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -48,19 +54,223 @@ def write_atomic(path: str | Path, data: bytes) -> None:
 
 def write_json_atomic(path: str | Path, value: Any) -> None:
     """Write `value` as readable JSON with a final newline: the same value always makes the same bytes."""
-    write_atomic(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    write_atomic(path, render_json(value))
+
+
+def render_json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+class Folder:
+    """A flat folder of files on a local disk. A file appears under its name complete, or not at all."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and str(other) == str(self)
+
+    def __hash__(self) -> int:
+        return hash(str(self))
+
+    def locate(self, name: str) -> str:
+        """Where the file is, for people and for readers of other libraries."""
+        return str(self.path / name)
+
+    def exists(self) -> bool:
+        return self.path.is_dir()
+
+    def make(self) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+
+    def names(self) -> list[str]:
+        """Names of the files and folders inside, sorted; none where the folder does not exist."""
+        return sorted(os.listdir(self.path)) if self.path.is_dir() else []
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every file inside, by name."""
+        if not self.path.is_dir():
+            return {}
+        with os.scandir(self.path) as entries:
+            return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+
+    def size(self, name: str) -> int | None:
+        """Bytes of the file, or None where there is no such file."""
+        path = self.path / name
+        return path.stat().st_size if path.is_file() else None
+
+    def read(self, name: str) -> bytes:
+        """Raises FileNotFoundError."""
+        return (self.path / name).read_bytes()
+
+    def open_ranges(self, name: str) -> "RangeReader":
+        return RangeReader(self.path / name)
+
+    def create(self, name: str) -> contextlib.AbstractContextManager[BinaryIO]:
+        """A new file to write; see `open_atomic`."""
+        return open_atomic(self.path / name)
+
+    def write(self, name: str, data: bytes) -> None:
+        with self.create(name) as file:
+            file.write(data)
+
+    def write_json(self, name: str, value: Any) -> None:
+        self.write(name, render_json(value))
+
+    def remove(self, name: str) -> None:
+        """Remove the file if it is there."""
+        (self.path / name).unlink(missing_ok=True)
+
+    def lock(self, exclusive: bool = True) -> contextlib.AbstractContextManager[None]:
+        return lock_folder(self.path, exclusive)
+
+
+class RangeReader:
+    """Positional reads of one file; safe to share between threads. It closes with the last reference to it, so never
+    under a thread that reads."""
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self, close: Any = os.close) -> None:
+        if hasattr(self, "_descriptor"):
+            close(self._descriptor)
+
+    def read(self, start: int, end: int) -> bytes:
+        """One pread in practice; a read that the system cuts short is continued. Shorter only where the file ends."""
+        data = os.pread(self._descriptor, end - start, start)
+        while data and len(data) < end - start:
+            more = os.pread(self._descriptor, end - start - len(data), start + len(data))
+            if not more:
+                break
+            data += more
+        return data
+
+
+class RemoteFolder(Folder):
+    """The same behind an fsspec URL. An object store shows an object when it is whole; other stores get it by rename.
+
+    One writer at a time is the user's affair: such stores have no locks.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+
+    def __str__(self) -> str:
+        return self.url
+
+    @property
+    def _fs(self) -> Any:
+        """The file system; fsspec keeps one for each process, so this object can be pickled."""
+        import fsspec
+
+        try:
+            return fsspec.core.url_to_fs(self.url)[0]
+        except (ImportError, ValueError) as error:
+            raise UserError(f"{self.url}: {error}") from None
+
+    @property
+    def _root(self) -> str:
+        return self._fs._strip_protocol(self.url)
+
+    def locate(self, name: str) -> str:
+        return f"{self.url}/{name}"
+
+    def exists(self) -> bool:
+        return bool(self.sizes())
+
+    def make(self) -> None:
+        self._fs.makedirs(self._root, exist_ok=True)
+
+    def names(self) -> list[str]:
+        return sorted(self.sizes())
+
+    def sizes(self) -> dict[str, int]:
+        try:
+            entries = self._fs.ls(self._root, detail=True, refresh=True)
+        except FileNotFoundError:
+            return {}
+        return {entry["name"].rpartition("/")[2]: entry["size"] for entry in entries if entry["type"] == "file"}
+
+    def size(self, name: str) -> int | None:
+        try:
+            return self._fs.info(f"{self._root}/{name}")["size"]
+        except FileNotFoundError:
+            return None
+
+    def read(self, name: str) -> bytes:
+        return self._fs.cat_file(f"{self._root}/{name}")
+
+    def open_ranges(self, name: str) -> "RemoteRangeReader":
+        return RemoteRangeReader(self, name)
+
+    @contextlib.contextmanager
+    def create(self, name: str) -> Iterator[BinaryIO]:
+        """Written to a local temporary file, and sent when the block ends without an error."""
+        with tempfile.TemporaryFile() as file:
+            yield file
+            size = file.tell()
+            file.seek(0)
+            path, fs = f"{self._root}/{name}", self._fs
+            temporary = f"{path}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}"
+            try:
+                with fs.open(temporary, "wb") as target:
+                    shutil.copyfileobj(file, target, 2**22)
+                if fs.info(temporary)["size"] != size:
+                    raise OSError(errno.EIO, "the store holds another number of bytes than were sent", path)
+                fs.mv(temporary, path)
+            except BaseException:
+                with contextlib.suppress(Exception):
+                    fs.rm_file(temporary)
+                raise
+
+    def remove(self, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self._fs.rm_file(f"{self._root}/{name}")
+
+    @contextlib.contextmanager
+    def lock(self, exclusive: bool = True) -> Iterator[None]:
+        yield
+
+
+class RemoteRangeReader:
+    """Ranged reads of one object behind a URL."""
+
+    def __init__(self, folder: RemoteFolder, name: str) -> None:
+        self._fs, self._path = folder._fs, f"{folder._root}/{name}"
+        self._fs.info(self._path)  # a missing object is an error now, not at the first read
+
+    def read(self, start: int, end: int) -> bytes:
+        return self._fs.cat_file(self._path, start=start, end=end)
+
+
+def is_url(place: str | Path) -> bool:
+    """Whether this is scheme://... rather than a path; file:// counts as a path's URL too."""
+    return isinstance(place, str) and re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", place) is not None
+
+
+def open_folder(place: "str | Path | Folder") -> Folder:
+    """The folder at a local path or an fsspec URL; it need not exist."""
+    if isinstance(place, Folder):
+        return place
+    return RemoteFolder(place) if is_url(place) else Folder(place)
 
 
 @contextlib.contextmanager
-def lock_folder(folder: str | Path) -> Iterator[None]:
-    """Hold `folder` for one writer at a time; the lock goes with the process, however that ends.
+def lock_folder(folder: str | Path, exclusive: bool = True, wait: bool = False) -> Iterator[None]:
+    """Hold `folder` for one writer at a time, or for several that do not get in each other's way; the lock goes with
+    the process, however that ends.
 
-    Raises UserError when another process holds it. A file system without locks is used without one.
+    Raises UserError when another process holds it, unless it is to `wait`. A file system without locks is used without.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            kind = fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH
+            fcntl.flock(descriptor, kind if wait else kind | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{folder}: another process is writing here. Wait for it to end, or end it") from None
         except OSError as error:

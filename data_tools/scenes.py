@@ -280,7 +280,7 @@ def _draw_chunk(chunk: _Chunk, report: Report) -> tuple[str, str, str]:
             temporary = path.with_suffix(TEMPORARY_SUFFIX)
             temporary.write_bytes(render_picture(picture, chunk.size))
             os.replace(temporary, path)
-        report(1, 0)
+        report(1)
     return "".join(captions), "".join(questions), "".join(descriptions)
 
 

@@ -7,33 +7,43 @@
     sizes.json        {"00000.tar": samples, ...}, as open_clip reads it
     manifest.json     the list of shards with their hashes; written last, so it says that the build is complete
 
+A folder whose manifest.json has a `tars` entry holds indexes of tars that lie elsewhere. One with a `view` entry selects
+samples of another dataset by selection.bin: for each shard, one bit a sample in the order of the tar, padded to a byte.
+quarantine.json, written by `verify`, takes samples out: {"00000.tar": {"12": reason, ...}, ...} by place in the tar.
+
 Sources: WebDataset (adjacent members of one key), img2dataset (sidecars), open_clip (sizes.json), NVIDIA Energon
 (.tar.idx).
 """
 
-import bisect
 import contextlib
 import hashlib
-import itertools
 import json
 import os
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
 from data_tools.errors import UserError
-from data_tools.files import open_atomic, write_atomic, write_json_atomic
-from data_tools.tar import ARCHIVE_END, TarError, parse_members, render_member
+from data_tools.files import Folder, open_folder
+from data_tools.tar import ARCHIVE_END, TarError, parse_members, render_member, split_name
+
+if TYPE_CHECKING:
+    import pyarrow
 
 FORMAT = 1
 MANIFEST_NAME = "manifest.json"
 SIZES_NAME = "sizes.json"
+SELECTION_NAME = "selection.bin"
+QUARANTINE_NAME = "quarantine.json"
+RETRY_NAME = "retry.json"
+"""Written while `retry` adds shards: {"shards": [their tars]}. They are not of the dataset until it has finished."""
 INDEX_SUFFIX = ".idx"
 
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_-]+\.tar")
@@ -47,7 +57,10 @@ class ShardError(UserError):
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """One tar: its file name, samples, size in bytes, and the SHA-256 of the tar and of its index."""
+    """One tar: its file name, samples, size in bytes, and the SHA-256 of the tar and of its index.
+
+    `sha256` is "" for a tar of others of which only the headers have been read.
+    """
 
     name: str
     samples: int
@@ -57,13 +70,39 @@ class ShardInfo:
 
 
 @dataclass(frozen=True)
+class Selection:
+    """Which samples of some shards count: a packed bit for each sample, every shard beginning at a byte."""
+
+    bits: np.ndarray  # uint8 [bytes]
+    starts: np.ndarray  # int64 [shards + 1], where in `bits` each shard begins
+
+    @classmethod
+    def of_masks(cls, masks: Iterable[np.ndarray]) -> "Selection":
+        """From a bool array [samples] for each shard."""
+        packed = [np.packbits(np.asarray(mask, dtype=bool)) for mask in masks]
+        starts = np.concatenate([[0], np.cumsum([len(part) for part in packed], dtype=np.int64)])
+        return cls(np.concatenate([np.zeros(0, np.uint8), *packed]), starts)
+
+    def mask(self, number: int, samples: int) -> np.ndarray:
+        """bool [samples] of shard `number`, which has so many."""
+        return np.unpackbits(self.bits[self.starts[number] : self.starts[number + 1]], count=samples).astype(bool)
+
+    @cached_property
+    def counts(self) -> np.ndarray:
+        """int64 [shards]: samples that count."""
+        ones = np.concatenate([[0], np.cumsum(np.unpackbits(self.bits[:, None], axis=1).sum(1, dtype=np.int64))])
+        return ones[self.starts[1:]] - ones[self.starts[:-1]]
+
+
+@dataclass(frozen=True)
 class Manifest:
-    """A finished build: `samples` pairs with `captions` captions, in `bytes` bytes of tars.
+    """A dataset: `samples` pairs with `captions` captions, in the tars of a finished build, or a selection of them.
 
     `build` identifies the input and the options that made it; `options` are those options, for people to read.
+    `captions` counts those of all samples of the build or view, quarantined ones included; `bytes` is that of the tars.
     """
 
-    directory: Path
+    directory: Folder  # of the manifest: what a user names
     build: str
     samples: int
     failures: int
@@ -71,32 +110,89 @@ class Manifest:
     bytes: int
     shards: tuple[ShardInfo, ...]
     options: dict[str, Any] = field(compare=False)
+    tars: Folder = field(compare=False)  # where the tars are
+    indexes: Folder = field(compare=False)  # where their indexes and sidecars are
+    selection: Selection | None = field(default=None, compare=False)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the shards' hashes in order: equal for two folders exactly when their shards are."""
-        return hashlib.sha256("\n".join(shard.sha256 for shard in self.shards).encode()).hexdigest()
+        """SHA-256 over the shards' hashes in order and the selection: equal for two datasets exactly when their samples
+        are, and stand in the same order."""
+        lines = [shard.sha256 or f"{shard.name} {shard.bytes} {shard.index_sha256}" for shard in self.shards]
+        if self.selection is not None:
+            lines.append(hashlib.sha256(self.selection.bits.tobytes()).hexdigest())
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+    @cached_property
+    def counts(self) -> np.ndarray:
+        """int64 [shards]: samples of each shard that count."""
+        if self.selection is not None:
+            return self.selection.counts
+        return np.array([shard.samples for shard in self.shards], dtype=np.int64)
+
+    def places(self, number: int) -> np.ndarray:
+        """int64: the places in the tar of shard `number` whose samples count, in order."""
+        samples = self.shards[number].samples
+        return np.arange(samples) if self.selection is None else np.flatnonzero(self.selection.mask(number, samples))
+
+    def load_index(self, number: int) -> np.ndarray:
+        """The offsets of all samples of shard `number` and its end, uint64 [samples + 1], in bytes. Raises ShardError."""
+        return _parse_index(self.indexes, self.shards[number])
+
+    def read_sidecar(
+        self, number: int, columns: Sequence[str] | None = None, failures: bool = False
+    ) -> "pyarrow.Table":
+        """The sidecar rows of shard `number`: those of samples that count, in order; with `failures`, also the build's.
+
+        Raises UserError when there is no sidecar, it lacks a column, or it is not of this tar.
+        """
+        import pyarrow
+        import pyarrow.parquet
+
+        shard = self.shards[number]
+        name = sidecar_name(shard.name)
+        try:
+            file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(self.indexes.read(name)))
+            missing = [column for column in columns or () if column not in file.schema_arrow.names]
+            if missing:
+                raise UserError(
+                    f"{self.indexes.locate(name)}: no column '{missing[0]}'. The columns are: "
+                    f"{', '.join(file.schema_arrow.names)}"
+                )
+            wanted = None if columns is None else [*dict.fromkeys(["status", *columns])]
+            table = file.read(columns=wanted)
+        except FileNotFoundError:
+            raise UserError(
+                f"{self.indexes.locate(name)}: no such sidecar. Make it with `python -m data_tools index --sidecars`, "
+                "or restore it from a copy"
+            ) from None
+        except pyarrow.ArrowException as error:
+            raise UserError(f"{self.indexes.locate(name)}: not readable as parquet: {error}. Restore it") from None
+        made = np.array([status == "success" for status in table.column("status").to_pylist()], dtype=bool)
+        if made.sum() != shard.samples:
+            raise UserError(
+                f"{self.indexes.locate(name)}: tells of {made.sum()} samples, the tar holds {shard.samples}. Restore it"
+            )
+        keep = np.zeros(len(made), dtype=bool)
+        keep[np.flatnonzero(made)[self.places(number)]] = True
+        table = table.filter(pyarrow.array(keep | ~made if failures else keep))
+        return table if columns is None else table.select(list(columns))
 
     @classmethod
-    def load(cls, directory: str | Path) -> "Manifest":
-        """Read `directory`/manifest.json and check that the files beside it are the ones that it lists.
+    def load(cls, place: str | Path | Folder) -> "Manifest":
+        """Read manifest.json of a dataset or view, and check that the files beside it are the ones that it lists.
 
         The tars are checked by presence and size, the indexes by hash (they are small); the tars are not read.
         Raises UserError when there is no such folder, no or an unreadable manifest, another format, a tar that is
-        missing, of another size or not listed, an index of another content, or not a single sample.
+        missing, of another size or not listed, an index of another content, not a single sample, or a view whose
+        dataset has changed.
         """
-        directory = Path(directory)
-        if not directory.is_dir():
+        directory = open_folder(place)
+        if not directory.exists():
             raise UserError(f"{directory}: no such folder. Give the folder that `python -m data_tools build` wrote")
-        manifest = _parse_manifest(directory)
-        unlisted = _list_tars(directory) - {shard.name for shard in manifest.shards}
-        if unlisted:
-            raise UserError(
-                f"{directory}: holds tars that {MANIFEST_NAME} does not list (such as {min(unlisted)}, "
-                f"{len(unlisted)} in all). They belong to another build: move them elsewhere"
-            )
-        for shard in manifest.shards:
-            check_shard_files(directory, shard)
+        content = _read_manifest(directory)
+        manifest = _load_view(directory, content) if "view" in content else _load_shards(directory, content)
+        manifest = _leave_out_quarantined(manifest)
         if manifest.samples == 0:
             raise UserError(f"{directory}: the build holds no samples. See the error column of its .parquet files")
         return manifest
@@ -104,20 +200,26 @@ class Manifest:
     @classmethod
     def of_shards(
         cls,
-        directory: str | Path,
+        directory: str | Path | Folder,
         shards: Sequence[ShardInfo],
         build: str = "",
         failures: int = 0,
         captions: int = 0,
         options: dict[str, Any] | None = None,
+        tars: str | None = None,
     ) -> "Manifest":
-        """The manifest of these shards, their samples and bytes added up; `write` it when all of them are complete."""
+        """The manifest of these shards, their samples and bytes added up; `write` it when all of them are complete.
+
+        `tars` is where the tars are if not in `directory`, as a path from there or a URL.
+        """
         samples, size = sum(shard.samples for shard in shards), sum(shard.bytes for shard in shards)
-        return cls(Path(directory), build, samples, failures, captions, size, tuple(shards), options or {})
+        folder = open_folder(directory)
+        parts = (folder, build, samples, failures, captions, size, tuple(shards), options or {})
+        return cls(*parts, tars=_resolve(folder, tars), indexes=folder)
 
     def write(self) -> None:
         """Write sizes.json and then manifest.json into `directory`; the shards must be there already."""
-        write_json_atomic(self.directory / SIZES_NAME, {shard.name: shard.samples for shard in self.shards})
+        self.directory.write_json(SIZES_NAME, {shard.name: shard.samples for shard in self.shards})
         content = {
             "format": FORMAT,
             "build": self.build,
@@ -128,7 +230,49 @@ class Manifest:
             "shards": [asdict(shard) for shard in self.shards],
             "options": self.options,
         }
-        write_json_atomic(self.directory / MANIFEST_NAME, content)
+        if self.tars != self.directory:
+            content["tars"] = _relate(self.tars, self.directory)
+        self.directory.write_json(MANIFEST_NAME, content)
+
+    def write_view(
+        self, out: str | Path | Folder, selection: Selection, captions: int, options: dict[str, Any]
+    ) -> None:
+        """Write the view `out`: those samples of this dataset (of its tars, whatever this one selects already) for which
+        `selection` has a bit; they have so many `captions`."""
+        folder = open_folder(out)
+        folder.make()
+        folder.write(SELECTION_NAME, selection.bits.tobytes())
+        base = self if self.selection is None else _load_shards(self.indexes, _read_manifest(self.indexes))
+        content = {
+            "format": FORMAT,
+            "view": {
+                "of": _relate(base.directory, folder),
+                "fingerprint": base.fingerprint,
+                "selection_sha256": hashlib.sha256(selection.bits.tobytes()).hexdigest(),
+            },
+            "build": self.build,
+            "samples": int(selection.counts.sum()),
+            "failures": 0,
+            "captions": captions,
+            "options": options,
+        }
+        folder.write_json(MANIFEST_NAME, content)
+
+
+def _relate(target: Folder, start: Folder) -> str:
+    """`target` as seen from `start`: relative between local folders, so that both can be moved together."""
+    if type(target) is Folder and type(start) is Folder:
+        return os.path.relpath(target.path.resolve(), start.path.resolve())
+    return str(target)
+
+
+def _resolve(start: Folder, place: str | None) -> Folder:
+    """The folder that `_relate` has named."""
+    if place is None:
+        return start
+    if type(start) is Folder and type(target := open_folder(place)) is Folder:
+        return Folder(os.path.normpath(start.path / target.path))
+    return open_folder(place)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +285,7 @@ class RawSample:
 
 
 class ShardReader:
-    """Random access to the samples of a build: sample i is the i-th in the order of the manifest's shards.
+    """Random access to a dataset: sample i is the i-th that counts, in the order of the manifest's shards.
 
     Safe to share between threads: reads are positional, and a shard that leaves the cache is closed only when no thread
     reads from it any more. At most `max_open_shards` files are kept open.
@@ -149,7 +293,7 @@ class ShardReader:
 
     def __init__(self, manifest: Manifest, max_open_shards: int = 512) -> None:
         self._manifest = manifest
-        self._ends = list(itertools.accumulate(shard.samples for shard in manifest.shards))
+        self._ends = np.cumsum(manifest.counts)
         self._max_open_shards = max_open_shards
         self._open_shards: OrderedDict[int, _OpenShard] = OrderedDict()
         self._lock = threading.Lock()
@@ -163,11 +307,22 @@ class ShardReader:
 
         Raises IndexError outside [0, len), and ShardError for bytes that are missing or a header that is damaged.
         """
+        number, place = self.locate(index)
+        return self._open(number).read_selected(place)
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """The number of the shard of sample `index`, and how many samples that count come before it there.
+
+        Raises IndexError outside [0, len).
+        """
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
-        number = bisect.bisect_right(self._ends, index)
-        shard = self._manifest.shards[number]
-        return self._open(number).read(index - (self._ends[number] - shard.samples))
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        return number, int(index - (self._ends[number - 1] if number else 0))
+
+    def read_place(self, number: int, place: int) -> RawSample:
+        """Read the sample at a place of the tar of shard `number`, whether it counts or not. Raises ShardError."""
+        return self._open(number).read(place)
 
     def close(self) -> None:
         """Close the cached files; a later `read` opens them again."""
@@ -180,7 +335,7 @@ class ShardReader:
                 self._open_shards.move_to_end(number)
                 return self._open_shards[number]
         # Opened outside the lock, so that a slow file system stops one thread and not all; the first to come back wins.
-        opened = _OpenShard(self._manifest.directory, self._manifest.shards[number])
+        opened = _OpenShard(self._manifest, number)
         with self._lock:
             shard = self._open_shards.setdefault(number, opened)
             if len(self._open_shards) > self._max_open_shards:
@@ -189,43 +344,35 @@ class ShardReader:
 
 
 class _OpenShard:
-    """An open tar with its index; the file closes with the last reference, so never under a thread that reads."""
+    """An open tar with its index and its part of the selection."""
 
-    def __init__(self, directory: Path, info: ShardInfo) -> None:
-        self._info = info
-        self._path = directory / info.name
-        self._offsets = load_index(directory, info)
-        self._descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+    def __init__(self, manifest: Manifest, number: int) -> None:
+        self._info = manifest.shards[number]
+        self._path = manifest.tars.locate(self._info.name)
+        self._offsets = manifest.load_index(number)
+        self._places = None if manifest.selection is None else manifest.places(number)
+        self._file = manifest.tars.open_ranges(self._info.name)
 
-    def __del__(self, close: Any = os.close) -> None:
-        if hasattr(self, "_descriptor"):
-            close(self._descriptor)
+    def read_selected(self, place: int) -> RawSample:
+        return self.read(place if self._places is None else int(self._places[place]))
 
     def read(self, place: int) -> RawSample:
         start, end = int(self._offsets[place]), int(self._offsets[place + 1])
         where = f"{self._path}: sample {place} of {self._info.samples}, bytes {start} to {end}"
         advice = f"Restore {self._info.name} from a copy, or delete {MANIFEST_NAME} and this shard and build again"
-        data = self._read_range(start, end)
+        data = self._file.read(start, end)
         if len(data) < end - start:
             raise ShardError(f"{where}: the file ends after {len(data)} of {end - start} bytes. {advice}")
         try:
             members = parse_members(data)
         except TarError as error:
             raise ShardError(f"{where}: at byte {start + error.offset} {error.text}. {advice}") from None
-        keys = {name.partition(".")[0] for name in members}
+        names = {split_name(name): content for name, content in members.items()}
+        keys = {key for key, _ in names}
         if len(keys) != 1:
             raise ShardError(f"{where}: found the members of {len(keys)} keys, valid is one. {advice}")
-        return RawSample(keys.pop(), self._info.name, {name.partition(".")[2]: data for name, data in members.items()})
-
-    def _read_range(self, start: int, end: int) -> bytes:
-        """One pread in practice; a read that the system cuts short is continued. Shorter only where the file ends."""
-        data = os.pread(self._descriptor, end - start, start)
-        while data and len(data) < end - start:
-            more = os.pread(self._descriptor, end - start - len(data), start + len(data))
-            if not more:
-                break
-            data += more
-        return data
+        fields = {extension: content for (_, extension), content in names.items()}
+        return RawSample(keys.pop(), self._info.name, fields)
 
 
 class ShardWriter:
@@ -267,78 +414,149 @@ class ShardWriter:
 
 
 @contextlib.contextmanager
-def write_shard(path: str | Path) -> Iterator[ShardWriter]:
+def write_shard(folder: str | Path | Folder, name: str) -> Iterator[ShardWriter]:
     """Write one tar and its index; they appear under their names, complete, when the block ends without an error."""
-    path = Path(path)
-    if not _SHARD_NAME.fullmatch(path.name):
-        raise ValueError(f"{path}: a shard's name has letters, digits, '_' and '-', and ends in .tar")
-    with open_atomic(path) as file:
+    if not _SHARD_NAME.fullmatch(name):
+        raise ValueError(f"{name}: a shard's name has letters, digits, '_' and '-', and ends in .tar")
+    folder = open_folder(folder)
+    with folder.create(name) as file:
         writer = ShardWriter(file)
         yield writer
-        index = writer._finish(path.name)
-    write_atomic(index_path(path), index)
+        index = writer._finish(name)
+    folder.write(name + INDEX_SUFFIX, index)
 
 
-def index_path(tar_path: Path) -> Path:
-    """Where the index of a tar lies: 00000.tar -> 00000.tar.idx."""
-    return tar_path.with_name(tar_path.name + INDEX_SUFFIX)
+def sidecar_name(shard: str) -> str:
+    """00000.tar -> 00000.parquet."""
+    return shard.removesuffix(".tar") + ".parquet"
 
 
-def load_index(directory: Path, shard: ShardInfo) -> np.ndarray:
+def _parse_index(folder: Folder, shard: ShardInfo) -> np.ndarray:
     """The shard's sample offsets and its end offset, uint64 [samples + 1], in bytes.
 
     Raises ShardError when they do not rise from 0 to a place inside the tar.
     """
-    path = index_path(directory / shard.name)
-    offsets = np.fromfile(path, dtype="<u8")
+    where, content = folder.locate(shard.name + INDEX_SUFFIX), folder.read(shard.name + INDEX_SUFFIX)
+    offsets = np.frombuffer(content[: len(content) // 8 * 8], dtype="<u8")
     rising = len(offsets) == shard.samples + 1 and bool((offsets[1:] > offsets[:-1]).all())
-    if not rising or offsets[0] != 0 or int(offsets[-1]) + len(ARCHIVE_END) > shard.bytes:
-        raise ShardError(f"{path}: these are not the offsets of {shard.samples} samples. Restore it from a copy")
+    if not rising or int(offsets[-1]) > shard.bytes:
+        raise ShardError(f"{where}: these are not the offsets of {shard.samples} samples. Restore it from a copy")
     return offsets
 
 
-def _parse_manifest(directory: Path) -> Manifest:
-    path = directory / MANIFEST_NAME
+def _read_manifest(folder: Folder) -> dict[str, Any]:
+    where = folder.locate(MANIFEST_NAME)
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(folder.read(MANIFEST_NAME))
     except FileNotFoundError:
         raise UserError(
-            f"{directory}: no {MANIFEST_NAME}: is it a finished build? Run `python -m data_tools build ...` into it "
-            "again to finish it"
+            f"{folder}: no {MANIFEST_NAME}: is it a finished build? Run `python -m data_tools build ...` into it "
+            "again to finish it, or `python -m data_tools index` for tars of others"
         ) from None
     except ValueError:
-        raise UserError(f"{path}: not readable as JSON. Restore it from a copy, or delete it and build again") from None
+        raise UserError(
+            f"{where}: not readable as JSON. Restore it from a copy, or delete it and build again"
+        ) from None
     found = content.get("format") if isinstance(content, dict) else None
     if found != FORMAT:
-        raise UserError(f"{path}: format {found!r}. This version reads format {FORMAT}: update it, or build again")
+        raise UserError(f"{where}: format {found!r}. This version reads format {FORMAT}: update it, or build again")
+    return content
+
+
+def _load_shards(folder: Folder, content: dict[str, Any]) -> Manifest:
+    """The dataset of a manifest that lists shards, its files checked."""
     try:
         shards = tuple(ShardInfo(**shard) for shard in content["shards"])
         names = {key: content[key] for key in ("build", "samples", "failures", "captions", "bytes", "options")}
-        manifest = Manifest(directory=directory, shards=shards, **names)
+        tars = _resolve(folder, content.get("tars"))
+        manifest = Manifest(directory=folder, shards=shards, tars=tars, indexes=folder, **names)
         consistent = manifest.samples == sum(shard.samples for shard in shards)
-        consistent &= all(_SHARD_NAME.fullmatch(shard.name) for shard in shards)
+        consistent &= all(_SHARD_NAME.fullmatch(shard.name) or tars != folder for shard in shards)
+        consistent &= not any("/" in shard.name or not shard.name.endswith(".tar") for shard in shards)
     except (KeyError, TypeError):
         consistent = False
     if not consistent:
-        raise UserError(f"{path}: entries are missing or contradict each other. Restore it from a copy, or build again")
+        where = folder.locate(MANIFEST_NAME)
+        raise UserError(
+            f"{where}: entries are missing or contradict each other. Restore it from a copy, or build again"
+        )
+    sizes = tars.sizes()
+    indexes = sizes if tars == folder else folder.sizes()
+    unlisted = {name for name in sizes if name.endswith(".tar")} - {shard.name for shard in shards}
+    if unlisted and tars == folder:
+        unlisted -= set(json.loads(folder.read(RETRY_NAME))["shards"]) if RETRY_NAME in sizes else set()
+        if unlisted:
+            raise UserError(
+                f"{folder}: holds tars that {MANIFEST_NAME} does not list (such as {min(unlisted)}, "
+                f"{len(unlisted)} in all). They belong to another build: move them elsewhere"
+            )
+    for shard in shards:
+        check_shard_files(manifest, shard, sizes, indexes)
     return manifest
 
 
-def check_shard_files(directory: Path, shard: ShardInfo) -> None:
-    """Raise UserError unless the shard's tar has its size and its index its hash. The tar is not read."""
+def check_shard_files(
+    manifest: Manifest, shard: ShardInfo, sizes: Mapping[str, int], indexes: Mapping[str, int]
+) -> None:
+    """Raise UserError unless the shard's tar has its size and its index its hash. The tar is not read.
+
+    `sizes` and `indexes` are the sizes of the files in the folders of the tars and of the indexes.
+    """
     advice = f"Restore it from a copy, or delete {MANIFEST_NAME} and run the same build again"
-    path = directory / shard.name
-    if not path.is_file():
-        raise UserError(f"{path}: this shard is missing. {advice}")
-    size = path.stat().st_size
-    if size != shard.bytes:
-        raise UserError(f"{path}: {size} bytes, the manifest says {shard.bytes}. {advice}")
-    index = index_path(path)
-    if not index.is_file():
-        raise UserError(f"{index}: this index is missing. {advice}")
-    if hashlib.sha256(index.read_bytes()).hexdigest() != shard.index_sha256:
-        raise UserError(f"{index}: not the index that the manifest lists. {advice}")
+    where = manifest.tars.locate(shard.name)
+    if shard.name not in sizes:
+        raise UserError(f"{where}: this shard is missing. {advice}")
+    if sizes[shard.name] != shard.bytes:
+        raise UserError(f"{where}: {sizes[shard.name]} bytes, the manifest says {shard.bytes}. {advice}")
+    name = shard.name + INDEX_SUFFIX
+    where = manifest.indexes.locate(name)
+    if name not in indexes:
+        raise UserError(f"{where}: this index is missing. {advice}")
+    if hashlib.sha256(manifest.indexes.read(name)).hexdigest() != shard.index_sha256:
+        raise UserError(f"{where}: not the index that the manifest lists. {advice}")
 
 
-def _list_tars(directory: Path) -> set[str]:
-    return {entry.name for entry in os.scandir(directory) if entry.name.endswith(".tar")}
+def _load_view(folder: Folder, content: dict[str, Any]) -> Manifest:
+    where = folder.locate(MANIFEST_NAME)
+    try:
+        view = content["view"]
+        base = _resolve(folder, view["of"])
+        wanted = view["fingerprint"]
+        names = {key: content[key] for key in ("build", "samples", "failures", "captions", "options")}
+    except (KeyError, TypeError):
+        raise UserError(f"{where}: entries of the view are missing. Make the view again") from None
+    if not base.exists():
+        raise UserError(f"{where}: a view of {base}, which is not there. Put it back, or make the view again")
+    source = _load_shards(base, _read_manifest(base))
+    if source.fingerprint != wanted:
+        raise UserError(f"{where}: {base} is not the dataset that this view was made of. Make the view again")
+    bits = np.frombuffer(folder.read(SELECTION_NAME), dtype=np.uint8)
+    starts = np.cumsum([0, *((shard.samples + 7) // 8 for shard in source.shards)], dtype=np.int64)
+    selection = Selection(bits, starts)
+    if hashlib.sha256(bits.tobytes()).hexdigest() != view["selection_sha256"] or len(bits) != starts[-1]:
+        raise UserError(f"{folder.locate(SELECTION_NAME)}: not the selection that the view lists. Make the view again")
+    parts = {"shards": source.shards, "bytes": source.bytes, "tars": source.tars, "indexes": source.indexes}
+    return Manifest(directory=folder, selection=selection, **parts, **names)
+
+
+def _leave_out_quarantined(manifest: Manifest) -> Manifest:
+    """The dataset without the samples that quarantine.json of its tars' manifest names."""
+    folder = manifest.indexes
+    if folder.size(QUARANTINE_NAME) is None:
+        return manifest
+    try:
+        entries = {
+            name: [int(place) for place in places] for name, places in json.loads(folder.read(QUARANTINE_NAME)).items()
+        }
+    except (ValueError, TypeError, AttributeError):
+        raise UserError(
+            f"{folder.locate(QUARANTINE_NAME)}: not readable. Run `python -m data_tools verify` again"
+        ) from None
+    masks = []
+    for number, shard in enumerate(manifest.shards):
+        mask = np.zeros(shard.samples, dtype=bool)
+        mask[manifest.places(number)] = True
+        mask[[place for place in entries.get(shard.name, ()) if place < shard.samples]] = False
+        masks.append(mask)
+    selection = Selection.of_masks(masks)
+    return replace(manifest, selection=selection, samples=int(selection.counts.sum()))

@@ -11,7 +11,9 @@ import os
 import pickle
 import signal
 import threading
+import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -19,10 +21,12 @@ from data_tools.errors import UserError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
-Report = Callable[[int, int], None]
-"""report(done, failed): tells the parent about items done since the last call; raises WorkStopped when it has gone."""
+Report = Callable[..., None]
+"""report(done, failure="", size=0): tells the parent about items done since the last call, why the last of them failed
+if it did, and the bytes written; raises WorkStopped when the parent has gone."""
 
 _STOP_TIMEOUT_S = 10.0
+_REASONS_SHOWN = 2
 
 
 class WorkStopped(BaseException):
@@ -123,9 +127,9 @@ def _work(function: Callable, connection: multiprocessing.connection.Connection)
     """The body of a worker: receive a task, send its result, until the parent closes the pipe."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-    def report(done: int, failed: int) -> None:
+    def report(done: int, failure: str = "", size: int = 0) -> None:
         try:
-            connection.send(("progress", (done, failed)))
+            connection.send(("progress", (done, failure, size)))
         except OSError:
             raise WorkStopped from None
 
@@ -149,18 +153,25 @@ def _make_sendable(error: Exception) -> Exception:
 
 @contextlib.contextmanager
 def open_progress_bar(total: int, unit: str) -> Iterator[Report]:
-    """Show rate and failures on stderr when that is a terminal; yields the function to report items to."""
+    """Show items and bytes a second, time left and failures by reason on stderr, when that is a terminal.
+
+    Yields the function to report items to.
+    """
     from tqdm import tqdm
 
-    failures = 0
-    with tqdm(total=total, unit=unit, disable=None, smoothing=0.05) as bar:
+    failures: Counter[str] = Counter()
+    written, started_s = 0, time.monotonic()
+    with tqdm(total=total, unit=unit, disable=None, smoothing=0.05, dynamic_ncols=True) as bar:
 
-        def report(done: int, failed: int) -> None:
-            nonlocal failures
+        def report(done: int, failure: str = "", size: int = 0) -> None:
+            nonlocal written
+            written += size
+            if failure:
+                failures[failure] += done
+            facts = [f"{written / 1e6 / max(time.monotonic() - started_s, 1e-9):.1f} MB/s"] if written else []
+            facts += [f"{reason} {number}" for reason, number in failures.most_common(_REASONS_SHOWN)]
+            bar.set_postfix_str(", ".join(facts), refresh=False)
             bar.update(done)
-            if failed:
-                failures += failed
-                bar.set_postfix(failures=failures)
 
         yield report
 

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import tarfile
 import threading
 
@@ -11,8 +12,8 @@ import numpy as np
 import pytest
 
 from data_tools.errors import UserError
-from data_tools.shards import Manifest, ShardError, ShardReader, index_path, write_shard
-from data_tools.tar import TarError, parse_members, render_member
+from data_tools.shards import Manifest, Selection, ShardError, ShardReader, write_shard
+from data_tools.tar import TarError, parse_members, render_member, split_name, walk_members
 
 
 def make_fields(number: int) -> dict[str, bytes]:
@@ -25,7 +26,7 @@ def folder(tmp_path):
     shards = []
     number = 0
     for shard, samples in enumerate((4, 0, 3)):
-        with write_shard(tmp_path / f"{shard:05d}.tar") as writer:
+        with write_shard(tmp_path, f"{shard:05d}.tar") as writer:
             for _ in range(samples):
                 writer.add(f"{shard:05d}{number:04d}", make_fields(number))
                 number += 1
@@ -89,9 +90,9 @@ def test_the_index_points_at_each_sample_and_its_end(folder):
 
 
 def test_names_that_readers_would_take_apart_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="ends in .tar"), write_shard(tmp_path / "a.b.tar"):
+    with pytest.raises(ValueError, match="ends in .tar"), write_shard(tmp_path, "a.b.tar"):
         pass
-    with pytest.raises(ValueError, match="no dot"), write_shard(tmp_path / "a.tar") as writer:
+    with pytest.raises(ValueError, match="no dot"), write_shard(tmp_path, "a.tar") as writer:
         writer.add("a.b", {"jpg": b""})
     assert os.listdir(tmp_path) == []
 
@@ -107,7 +108,7 @@ def test_the_manifest_is_what_was_written(folder):
 
 def test_the_fingerprint_tells_of_the_samples(folder, tmp_path_factory):
     other = tmp_path_factory.mktemp("other")
-    with write_shard(other / "00000.tar") as writer:
+    with write_shard(other, "00000.tar") as writer:
         writer.add("000000000", make_fields(0))
     first, second = Manifest.load(folder), Manifest.of_shards(other, [writer.info])
     assert first.fingerprint == Manifest.of_shards("elsewhere", first.shards).fingerprint != second.fingerprint
@@ -174,7 +175,7 @@ def test_a_shard_that_shrank_is_an_error(folder):
 
 def test_an_index_of_another_tar_is_an_error(folder):
     manifest = Manifest.load(folder)
-    np.array([0, 512, 9, 40, 50], dtype="<u8").tofile(index_path(folder / "00000.tar"))
+    np.array([0, 512, 9, 40, 50], dtype="<u8").tofile(folder / "00000.tar.idx")
     with pytest.raises(ShardError, match="not the offsets of 4 samples"):
         ShardReader(manifest).read(0)
 
@@ -230,3 +231,122 @@ def test_a_shard_name_in_a_manifest_is_no_path(folder):
     edit(folder, shards=[entry])
     with pytest.raises(UserError, match="contradict"):
         Manifest.load(folder)
+
+
+# Views, quarantine, tars of others, and folders behind URLs
+
+
+def keys_of(manifest: Manifest) -> list[str]:
+    reader = ShardReader(manifest)
+    return [reader.read(number).key for number in range(len(reader))]
+
+
+def test_a_view_selects_samples_without_touching_the_tars(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("views") / "view"
+    before = {name: (folder / name).read_bytes() for name in os.listdir(folder)}
+    manifest = Manifest.load(folder)
+    manifest.write_view(out, Selection.of_masks([[1, 0, 1, 0], [], [0, 0, 1]]), 3, {"where": "..."})
+    view = Manifest.load(out)
+    assert (view.samples, view.captions, list(view.counts)) == (3, 3, [2, 0, 1])
+    assert keys_of(view) == ["000000000", "000000002", "000020006"]
+    assert view.fingerprint != manifest.fingerprint == Manifest.load(folder).fingerprint
+    with pytest.raises(IndexError):
+        ShardReader(view).read(3)
+    narrower = out.with_name("narrower")
+    view.write_view(narrower, Selection.of_masks([[0, 0, 1, 0], [], [0, 0, 0]]), 1, {})
+    assert keys_of(Manifest.load(narrower)) == ["000000002"]
+    assert before == {name: (folder / name).read_bytes() for name in os.listdir(folder)}
+
+
+def test_a_view_moves_with_its_dataset_and_notices_another(folder, tmp_path_factory):
+    home = tmp_path_factory.mktemp("home")
+    shutil.copytree(folder, home / "data")
+    Manifest.load(home / "data").write_view(home / "view", Selection.of_masks([[1, 0, 0, 0], [], [0, 0, 0]]), 1, {})
+    moved = home.with_name("moved")
+    home.rename(moved)
+    assert keys_of(Manifest.load(moved / "view")) == ["000000000"]
+    flip(moved / "view" / "selection.bin", 0)
+    with pytest.raises(UserError, match=r"selection.bin: not the selection that the view lists"):
+        Manifest.load(moved / "view")
+    flip(moved / "view" / "selection.bin", 0)
+    with write_shard(moved / "data", "00000.tar") as writer:
+        writer.add("other", make_fields(0))
+    Manifest.of_shards(moved / "data", [writer.info, *Manifest.load(folder).shards[1:]]).write()
+    with pytest.raises(UserError, match="is not the dataset that this view was made of"):
+        Manifest.load(moved / "view")
+    shutil.rmtree(moved / "data")
+    with pytest.raises(UserError, match=r"a view of .*data, which is not there"):
+        Manifest.load(moved / "view")
+
+
+def test_quarantined_samples_are_left_out(folder, tmp_path_factory):
+    view = tmp_path_factory.mktemp("views") / "view"
+    Manifest.load(folder).write_view(view, Selection.of_masks([[1, 1, 0, 0], [], [1, 0, 0]]), 3, {})
+    (folder / "quarantine.json").write_text('{"00000.tar": {"1": "damaged"}, "00002.tar": {"0": "x", "2": "y"}}')
+    manifest = Manifest.load(folder)
+    assert keys_of(manifest) == ["000000000", "000000002", "000000003", "000020005"]
+    assert keys_of(Manifest.load(view)) == ["000000000"]
+    (folder / "quarantine.json").write_text("{")
+    with pytest.raises(UserError, match=r"quarantine.json: not readable"):
+        Manifest.load(folder)
+
+
+def write_foreign_tar(path, names_and_data, format=tarfile.PAX_FORMAT) -> None:
+    with tarfile.open(path, "w", format=format) as archive:
+        folder = tarfile.TarInfo("nested")
+        folder.type = tarfile.DIRTYPE
+        archive.addfile(folder)
+        for name, data in names_and_data:
+            member = tarfile.TarInfo(name)
+            member.size, member.mtime = len(data), 12.5  # PAX keeps the half second in a header of its own
+            archive.addfile(member, io.BytesIO(data))
+
+
+@pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
+def test_members_of_other_writers_are_read(tmp_path, format):
+    names = ["nested/a.b.jpg", "nested/a.b.txt", f"nested/{'long' * 12}/{'long' * 20}.jpg"]
+    if format != tarfile.USTAR_FORMAT:
+        names.append("nested/ünïcode.TXT")
+    write_foreign_tar(tmp_path / "a.tar", [(name, name.encode()) for name in names], format)
+    data = (tmp_path / "a.tar").read_bytes()
+    members = list(walk_members(lambda start, end: data[start:end], len(data)))
+    assert [member.name for member in members] == names
+    for member in members:
+        assert data[member.start : member.start + member.size] == member.name.encode()
+        assert parse_members(data[member.offset : member.end]) == {member.name: member.name.encode()}
+    assert split_name(names[0]) == ("nested/a", "b.jpg")
+
+
+def test_links_and_cut_archives_are_errors(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        member = tarfile.TarInfo("evil.jpg")
+        member.type, member.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(member)
+    data = (tmp_path / "a.tar").read_bytes()
+    with pytest.raises(TarError, match="not a regular file"):
+        list(walk_members(lambda start, end: data[start:end], len(data)))
+    whole = render_member("a.jpg", b"x" * 600)
+    with pytest.raises(TarError, match="has 600 bytes of data, but 512 follow"):
+        parse_members(whole[:1024])
+    with pytest.raises(TarError):
+        parse_members(whole + bytes(512))  # an end block inside a sample
+
+
+def test_a_dataset_behind_a_url_is_the_same(folder):
+    fsspec = pytest.importorskip("fsspec")
+    memory = fsspec.filesystem("memory")
+    for name in os.listdir(folder):
+        memory.pipe_file(f"/remote/set/{name}", (folder / name).read_bytes())
+    try:
+        manifest = Manifest.load("memory://remote/set")
+        assert manifest.fingerprint == Manifest.load(folder).fingerprint
+        assert keys_of(manifest) == keys_of(Manifest.load(folder))
+        with write_shard("memory://remote/other", "00000.tar") as writer:
+            writer.add("000000000", make_fields(0))
+        Manifest.of_shards("memory://remote/other", [writer.info]).write()
+        assert keys_of(Manifest.load("memory://remote/other")) == ["000000000"]
+        assert not [name for name in memory.ls("/remote/other", detail=False) if name.endswith(".tmp")]
+        with pytest.raises(UserError, match="no such folder"):
+            Manifest.load("memory://remote/none")
+    finally:
+        memory.rm("/remote", recursive=True)

@@ -12,19 +12,19 @@ from data_tools.errors import UserError
 from data_tools.workers import choose_processes, run_tasks
 
 
-def ignore(done: int, failed: int) -> None:
+def ignore(done: int, failure: str = "", size: int = 0) -> None:
     pass
 
 
 def square(task: int, report) -> tuple[int, int]:
-    report(1, task % 2)
+    report(1, "odd" * (task % 2), task)
     return task * task, os.getpid()
 
 
 def fail(task: int, report) -> None:
     if task == 2:
         raise UserError("t.tsv: a mistake in a worker")
-    report(1, 0)
+    report(1)
 
 
 def die(task: int, report) -> None:
@@ -37,7 +37,7 @@ def work_for_long(folder: Path, report) -> None:
     (folder / f"begun {os.getpid()}").touch()
     try:
         while True:
-            report(1, 0)
+            report(1)
             time.sleep(0.01)
     finally:
         (folder / f"stopped {os.getpid()}").touch()
@@ -46,10 +46,10 @@ def work_for_long(folder: Path, report) -> None:
 @pytest.mark.parametrize("processes", [1, 3])
 def test_every_task_is_done_once_and_reported(processes):
     reports = []
-    results = dict(run_tasks(square, range(20), processes, lambda *counts: reports.append(counts)))
+    results = dict(run_tasks(square, range(20), processes, lambda *facts: reports.append(facts)))
     assert {number: result[0] for number, result in results.items()} == {number: number**2 for number in range(20)}
     assert len({result[1] for result in results.values()}) <= processes
-    assert sorted(reports) == [(1, 0)] * 10 + [(1, 1)] * 10
+    assert sorted(reports) == sorted((1, "odd" if task % 2 else "", task) for task in range(20))
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -72,7 +72,7 @@ def test_workers_that_are_no_longer_wanted_clean_up(tmp_path):
 
 
 def interrupt_when_begun(folder: Path):
-    def report(done: int, failed: int) -> None:
+    def report(done: int, failure: str = "", size: int = 0) -> None:
         if len(os.listdir(folder)) == 2:
             raise KeyboardInterrupt
 

@@ -67,7 +67,7 @@ def offline(monkeypatch):
 def shards(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "train"
     folder.mkdir()
-    with write_shard(folder / "00000.tar") as shard:
+    with write_shard(folder, "00000.tar") as shard:
         for number, caption in enumerate(CAPTIONS):
             encoded = io.BytesIO()
             Image.fromarray(draw_picture(40, 50 + number, generator(1, "picture", number))).save(encoded, "JPEG")

@@ -1,0 +1,221 @@
+"""A shard folder in the making: which run it holds, which of its shards are complete, and what may be removed.
+
+build.json, written first, says which run the folder holds; a shard's statistics file, written last of its files, says
+that the shard is complete; manifest.json, written last of all, says that the run is.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from data_tools.errors import UserError
+from data_tools.files import TEMPORARY_SUFFIX, Folder, format_bytes
+from data_tools.shards import (
+    INDEX_SUFFIX,
+    MANIFEST_NAME,
+    RETRY_NAME,
+    SIZES_NAME,
+    Manifest,
+    ShardInfo,
+    check_shard_files,
+    sidecar_name,
+)
+
+if TYPE_CHECKING:
+    import pyarrow
+
+STATE_NAME = "build.json"
+STATE_FORMAT = 1
+
+
+def identify(options: Mapping[str, Any]) -> str:
+    """A short name of a run: a hash of its options, which say what it is made of."""
+    return hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def name_shards(count: int) -> list[str]:
+    """The stems of `count` shards: 00000, 00001, ..."""
+    digits = max(5, len(str(count - 1)))
+    return [f"{number:0{digits}d}" for number in range(count)]
+
+
+def load_state(out: Folder, command: str = "build") -> dict[str, Any] | None:
+    """What build.json says, or None for a folder without a run.
+
+    Raises UserError for a folder of other things, and for one that another command than `command` is making.
+    """
+    try:
+        content = out.read(STATE_NAME)
+    except FileNotFoundError:
+        foreign = [name for name in out.names() if not name.endswith(TEMPORARY_SUFFIX)]
+        if foreign:
+            raise UserError(
+                f"{out}: holds files but no build (such as {min(foreign)}). Give an empty or a new folder"
+            ) from None
+        return None
+    try:
+        state = json.loads(content)
+        known = state["format"] == STATE_FORMAT and isinstance(state["shards"], (int, list)) and state["options"]
+        found = state["options"].get("command", "build") if known else None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        found = None
+    if found is None:
+        where = out.locate(STATE_NAME)
+        raise UserError(f"{where}: not the state of a build that this version knows. Give another folder")
+    if found != command:
+        raise UserError(f"{out}: holds what `{found}` wrote, which `{command}` leaves alone. Give another folder")
+    return state
+
+
+def is_finished(
+    out: Folder, state: Mapping[str, Any], wanted: Mapping[str, Any], versions: Mapping[str, str] | None = None
+) -> bool:
+    """Whether this very run is complete: its options, and what else of `wanted` the state tells of, are the same.
+
+    `versions` are those of the decoders and encoders: a folder that is not finished goes on with the same ones only.
+    Raises UserError when the folder holds another run.
+    """
+    wanted, found = dict(wanted), {**state, **state["options"]}
+    finished = out.size(MANIFEST_NAME) is not None
+    if not finished:
+        wanted |= versions or {}
+    differences = [f"{key} {found.get(key)}, not {wanted[key]}" for key in wanted if found.get(key) != wanted[key]]
+    if differences:
+        raise UserError(
+            f"{out}: holds a build with {'; '.join(differences)}. Give the same, another folder, or --restart to "
+            "remove it and begin anew"
+        )
+    return finished
+
+
+def prepare_folder(
+    out: Folder,
+    stems: Sequence[str],
+    state: Mapping[str, Any] | None,
+    options: dict[str, Any],
+    mine: Sequence[str] | None = None,
+    **facts: Any,
+) -> None:
+    """Check that no foreign tars lie where readers would take them for shards, clean up, and write build.json.
+
+    `state` is what build.json says already, if it is there; `facts` are kept in it beside the options. `mine` are the
+    shards that this process makes, where others make the rest.
+    """
+    own = _list_own_files(stems)
+    foreign = [name for name in out.names() if name.endswith(".tar") and name not in own]
+    if foreign:
+        raise UserError(f"{out}: holds tars of another build (such as {min(foreign)}). Move them, or give a new folder")
+    remove_leftovers(out, stems if mine is None else mine)
+    if state is None:
+        shards = len(stems) if list(stems) == name_shards(len(stems)) else list(stems)
+        out.write_json(STATE_NAME, {"format": STATE_FORMAT, "shards": shards, **facts, "options": options})
+
+
+def list_stems(state: Mapping[str, Any]) -> list[str]:
+    """The stems of the shards of the run that build.json tells of."""
+    shards = state["shards"]
+    return name_shards(shards) if isinstance(shards, int) else list(shards)
+
+
+def remove_run(out: Folder, state: Mapping[str, Any]) -> None:
+    """Remove the files of the run that build.json tells of, and no others; build.json itself goes last."""
+    stems = [*list_stems(state), *list_retried(out)]
+    own, there = _list_own_files(stems), set(out.names())
+    for name in sorted(own & there, key=lambda name: (name != MANIFEST_NAME, name == STATE_NAME)):
+        out.remove(name)
+    remove_leftovers(out, stems)
+
+
+def list_retried(out: Folder) -> list[str]:
+    """The stems of shards that `retry` has added to the folder, or has begun to add."""
+    names: list[str] = []
+    for file, path in ((MANIFEST_NAME, "options"), (RETRY_NAME, None)):
+        try:
+            content = json.loads(out.read(file))
+            names += content["shards"] if path is None else content[path].get("retried", [])
+        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+            continue
+    return [name.removesuffix(".tar") for name in names]
+
+
+def _list_own_files(stems: Sequence[str]) -> set[str]:
+    """The names that a run with these shards may write."""
+    suffixes = (".tar", ".tar" + INDEX_SUFFIX, ".parquet", "_stats.json")
+    return {
+        MANIFEST_NAME,
+        SIZES_NAME,
+        STATE_NAME,
+        RETRY_NAME,
+        *(stem + suffix for stem in stems for suffix in suffixes),
+    }
+
+
+def remove_leftovers(out: Folder, stems: Sequence[str]) -> None:
+    """Remove the temporary files of these shards that a killed run has left."""
+    own = _list_own_files(stems)
+    for name in out.names():
+        if name.endswith(TEMPORARY_SUFFIX) and name.removesuffix(TEMPORARY_SUFFIX).rpartition(".")[0] in own:
+            out.remove(name)
+
+
+def load_finished_shards(out: Folder, stems: Sequence[str], build: str) -> list[dict[str, Any] | None]:
+    """For each shard of the run `build`, its statistics if its files are all there, else None."""
+    sizes = out.sizes()
+    return [_load_finished_shard(out, stem, build, sizes) if f"{stem}_stats.json" in sizes else None for stem in stems]
+
+
+def _load_finished_shard(out: Folder, stem: str, build: str, sizes: Mapping[str, int]) -> dict[str, Any] | None:
+    try:
+        statistics = json.loads(out.read(f"{stem}_stats.json"))
+        info = select_info(statistics)
+        check_shard_files(Manifest.of_shards(out, [info]), info, sizes, sizes)
+    except (FileNotFoundError, ValueError, KeyError, TypeError, UserError):
+        return None
+    return statistics if statistics["build"] == build and sidecar_name(info.name) in sizes else None
+
+
+def write_sidecar(out: Folder, shard: str, rows: list[dict[str, Any]], schema: "pyarrow.Schema") -> None:
+    """Write the .parquet of a shard; entries of a row that the schema does not have are left out."""
+    import pyarrow
+    import pyarrow.parquet
+
+    sidecar = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), sidecar, compression="zstd")
+    out.write(sidecar_name(shard), sidecar.getvalue().to_pybytes())
+
+
+def select_info(statistics: Mapping[str, Any]) -> ShardInfo:
+    """What the manifest lists of a shard, out of its statistics."""
+    return ShardInfo(**{part.name: statistics[part.name] for part in fields(ShardInfo)})
+
+
+def count(reasons: Iterable[str]) -> dict[str, int]:
+    """How often each occurs, sorted by name."""
+    return dict(sorted(Counter(reasons).items()))
+
+
+def add_counts(parts: Iterable[Mapping[str, int]]) -> Counter[str]:
+    """The sums of counts by name."""
+    total: Counter[str] = Counter()
+    for part in parts:
+        total.update(part)
+    return total
+
+
+def render_summary(manifest: Manifest, failures: Mapping[str, int], refusals: Mapping[str, int], rate: str = "") -> str:
+    """The closing table of a build: what there is, and what could not be used, by reason."""
+    lines = [
+        str(manifest.directory),
+        f"{'samples':<24}{manifest.samples:>14,}  {format_bytes(manifest.bytes)} in {len(manifest.shards)} tars",
+        f"{'captions':<24}{manifest.captions:>14,}",
+        *([f"{'rate':<24}{rate:>14}"] if rate else []),
+    ]
+    parts = (("failures", failures, "see the error column of the .parquet files"), ("captions refused", refusals, ""))
+    for title, counts, hint in parts:
+        if counts:
+            lines.append(f"{title:<24}{sum(counts.values()):>14,}  {hint}".rstrip())
+            lines += [f"  {reason:<36}{number:,}" for reason, number in sorted(counts.items(), key=lambda e: -e[1])]
+    return "\n".join(lines)

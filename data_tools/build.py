@@ -217,9 +217,9 @@ def finish_build(out: str | Path) -> Manifest:
     return manifest
 
 
-def retry_failures(out: str | Path, processes: int | None = None, fetch: FetchOptions | None = None) -> Manifest:
+def retry_failures(out: str | Path, processes: int | None = None, **fetch: Any) -> Manifest:
     """Try again what failed for a reason that can heal (time-outs, server errors, names that were not found), and write
-    what comes as added shards; what is there stays untouched. `fetch` goes over the settings of the build.
+    what comes as added shards; what is there stays untouched. `fetch` goes over the build's own FetchOptions.
 
     Raises UserError for a folder without a finished build.
     """
@@ -232,12 +232,13 @@ def retry_failures(out: str | Path, processes: int | None = None, fetch: FetchOp
         if not samples:
             print(f"{folder}: none of its {manifest.failures} failures is of a kind that can heal")
             return manifest
-        options, settings = state["options"], fetch or FetchOptions(**state["fetch"])
+        options = state["options"]
+        settings = FetchOptions(**{**_tuples(state["fetch"]), **fetch})
         recipe = _Recipe(
             folder,
             f"{manifest.build}-{len(manifest.shards)}",
             None,
-            replace(settings, image_root=state["image_root"]),
+            settings,
             ImagePolicy(**_pick(options, "images")),
             CaptionPolicy(),  # the captions are clean already
             options["samples_per_shard"],
@@ -287,7 +288,11 @@ def _flatten(section: str, policy: Any) -> dict[str, Any]:
 
 def _pick(options: dict[str, Any], section: str) -> dict[str, Any]:
     """The arguments that `_flatten` has described."""
-    values = {name.partition(".")[2]: value for name, value in options.items() if name.startswith(section + ".")}
+    return _tuples({name.partition(".")[2]: value for name, value in options.items() if name.startswith(section + ".")})
+
+
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    """The values with tuples where JSON has lists."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 

@@ -58,6 +58,7 @@ class Sample:
 
     image: Tensor  # [3,S,S] uint8
     caption: str
+    captions: list[str]
     key: str
     position: int
 
@@ -65,11 +66,14 @@ class Sample:
 def read_captions(fields: dict[str, bytes]) -> list[str]:
     """All captions of a sample: `captions` of its .json, else its .txt. Raises BadSample if there is none."""
     try:
-        captions = json.loads(fields["json"]).get("captions") if "json" in fields else None
+        described = json.loads(fields["json"]) if "json" in fields else {}
+        captions = described.get("captions") if isinstance(described, dict) else None
         if captions is None and "txt" in fields:
             captions = [fields["txt"].decode("utf-8")]
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadSample(f"its caption is not readable: {error}") from None
+    if not isinstance(captions or [], list) or not all(isinstance(caption, str) for caption in captions or []):
+        raise BadSample("`captions` in its json is not a list of texts")
     captions = [caption for caption in captions or [] if caption.strip()]
     if not captions:
         raise BadSample("it has no caption")
@@ -172,7 +176,7 @@ class Loader:
         captions = read_captions(raw.fields)
         caption = captions[int(draw.integers(len(captions)))]
         image = train_crop(read_image(raw.fields), self.image_size, self.config.crop_scale, self.config.flip, draw)
-        return Sample(image, caption, raw.key, position)
+        return Sample(image, caption, captions, raw.key, position)
 
     def report_bad(self, index: int, error: Exception) -> None:
         self.skipped += 1
@@ -181,12 +185,15 @@ class Loader:
 
     def collate(self, samples: list[Sample]) -> Batch:
         ids, mask = self.tokenizer([sample.caption for sample in samples])
+        most = max(len(sample.captions) for sample in samples)
+        true_text_ids = [[*map(stable_id, sample.captions)] for sample in samples]
         batch = Batch(
             image=torch.stack([sample.image for sample in samples]),
             ids=ids,
             mask=mask,
             image_id=torch.tensor([stable_id(sample.key) for sample in samples]),
             text_id=torch.tensor([stable_id(sample.caption) for sample in samples]),
+            true_text_id=torch.tensor([row + row[:1] * (most - len(row)) for row in true_text_ids]),
             position=np.array([sample.position for sample in samples]),
             keys=[sample.key for sample in samples],
         )

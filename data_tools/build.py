@@ -21,6 +21,7 @@ import pyarrow
 import pyarrow.parquet
 
 from data_tools.errors import UserError
+from data_tools.fetch import read_picture
 from data_tools.files import (
     TEMPORARY_SUFFIX,
     format_bytes,
@@ -30,7 +31,7 @@ from data_tools.files import (
     write_atomic,
     write_json_atomic,
 )
-from data_tools.image import PictureError, prepare_picture, read_picture
+from data_tools.image import PictureError, prepare_picture
 from data_tools.shards import (
     INDEX_SUFFIX,
     MANIFEST_NAME,

@@ -114,7 +114,8 @@ class FetchOptions:
     timeout_s: for one attempt from its first byte sent to its last received; connect_timeout_s and read_timeout_s: for
         the connection with its name lookup and TLS, and between two reads.
     min_bytes_per_s: a body that is slower than this on average, `slow_after_s` or later, is given up.
-    retries: further attempts, of reasons in HEALABLE only, after backoff_s, then twice as long, and so on.
+    retries: further attempts, of reasons in HEALABLE only, after backoff_s, then twice as long, and so on. An object
+        store has the time of all attempts, since its driver makes its own.
     max_wait_s: the longest `Retry-After` that is waited for; a host that asks for more is not asked again.
     concurrency, per_host: pictures at a time, altogether and of one host.
     max_bytes: of one picture that comes over a network; max_held_bytes: of all pictures that are fetched ahead.
@@ -389,11 +390,12 @@ class _Downloader(contextlib.AbstractContextManager):
         self._tasks: dict[asyncio.Task, _Item | None] = {}
         self._room = _Room(options.max_held_bytes)
         self._slots = asyncio.Semaphore(options.concurrency)
+        self._store_slots = asyncio.Semaphore(min(_STORE_THREADS, options.concurrency))
         self._hosts: dict[str, _Host] = {}
         self._robots: dict[URL, asyncio.Task[list[Rule] | FetchError]] = {}
         self._sessions: dict[bool, aiohttp.ClientSession] = {}
         self._proxies = getproxies() if options.trust_env else {}
-        self._resolving = _Threads(_RESOLVER_THREADS, "fetch-resolve")
+        self.resolving = _Threads(_RESOLVER_THREADS, "fetch-resolve")
         self._reading = _Threads(min(_STORE_THREADS, options.concurrency), "fetch-store")
         self._thread = threading.Thread(target=self._run, name="fetch", daemon=True)
         self._thread.start()
@@ -409,12 +411,13 @@ class _Downloader(contextlib.AbstractContextManager):
 
     def _advance(self, new: list[_Item], fetched: _Item | None, wanted: _Item) -> None:
         for item in new:
-            self._spawn(self._fetch(item), item)
+            self.spawn(self._fetch(item), item)
         self._room.want(wanted)
         if fetched is not None:
             self._room.release(fetched)
 
-    def _spawn(self, coroutine: Coroutine, item: _Item | None = None) -> asyncio.Task:
+    def spawn(self, coroutine: Coroutine, item: _Item | None = None) -> asyncio.Task:
+        """Start a task, on the event loop's thread, that is cancelled at the end if it is not done."""
         task = self._loop.create_task(coroutine)
         self._tasks[task] = item
         task.add_done_callback(self._tasks.pop)
@@ -440,7 +443,7 @@ class _Downloader(contextlib.AbstractContextManager):
         await asyncio.gather(*tasks, return_exceptions=True)
         for session in self._sessions.values():
             await session.close()
-        self._resolving.close()
+        self.resolving.close()
         self._reading.close()
 
     # One name
@@ -479,10 +482,16 @@ class _Downloader(contextlib.AbstractContextManager):
         if scheme not in self._options.schemes or "::" in item.name:
             valid = ", ".join(("http", "https", "file", *self._options.schemes))
             raise FetchError("scheme refused", f"{scheme}:// is not one of {valid}, or has another behind it")
-        self._room.hold(item, max(item.needs, min(_EXPECTED_BYTES, self._options.max_bytes)))
-        data = await self._reading.call(_read_with_fsspec, item.name, scheme, self._options.max_bytes)
-        self._room.hold(item, len(data))
-        return data
+        patience_s = self._options.timeout_s * (self._options.retries + 1)  # drivers try again themselves
+        async with self._store_slots:
+            self._room.hold(item, max(item.needs, min(_EXPECTED_BYTES, self._options.max_bytes)))
+            reading = self._reading.call(_read_with_fsspec, item.name, scheme, self._options.max_bytes)
+            try:
+                data = await asyncio.wait_for(reading, patience_s)
+            except asyncio.TimeoutError:
+                raise _Final("time-out", f"not read within {patience_s:g} s") from None
+            self._room.hold(item, len(data))
+            return data
 
     async def _follow(self, url: "URL", item: _Item | None) -> bytes:
         """Ask for the picture at `url`, or, without an item, for a robots.txt, through all redirects."""
@@ -520,7 +529,7 @@ class _Downloader(contextlib.AbstractContextManager):
         """Raises FetchError where robots.txt says no, _Final where it could not be had."""
         origin = url.origin()
         if origin not in self._robots:
-            self._robots[origin] = self._spawn(self._fetch_robots(origin / "robots.txt"))
+            self._robots[origin] = self.spawn(self._fetch_robots(origin / "robots.txt"))
         rules = await asyncio.shield(self._robots[origin])
         if isinstance(rules, FetchError):
             raise _Final(*rules.args)
@@ -605,7 +614,7 @@ class _Downloader(contextlib.AbstractContextManager):
             connector = aiohttp.TCPConnector(
                 limit=0,  # our own slots, which leave nobody waiting inside of a time-out
                 use_dns_cache=False,
-                resolver=_Resolver(self._resolving, options, not proxied and not options.allow_private),
+                resolver=_Resolver(self, options, public_only=not (proxied or options.allow_private)),
                 socket_factory=make_socket,
             )
             self._sessions[proxied] = aiohttp.ClientSession(
@@ -714,14 +723,14 @@ class _Resolver:
     links. A lookup that takes longer than a download waits for it goes on, and the next attempt finds its answer.
     """
 
-    def __init__(self, threads: _Threads, options: FetchOptions, public_only: bool) -> None:
-        self._threads, self._options, self._public_only = threads, options, public_only
+    def __init__(self, downloader: _Downloader, options: FetchOptions, public_only: bool) -> None:
+        self._downloader, self._options, self._public_only = downloader, options, public_only
         self._lookups: dict[str, asyncio.Task] = {}
 
     async def resolve(self, host: str, port: int = 0, family: int = socket.AF_UNSPEC) -> list[dict[str, Any]]:
         """The addresses, as aiohttp wants them. Raises FetchError."""
         if host not in self._lookups:
-            self._lookups[host] = asyncio.get_running_loop().create_task(self._look_up(host))
+            self._lookups[host] = self._downloader.spawn(self._look_up(host))
             self._lookups[host].add_done_callback(lambda task: self._expire(host, task))
         lookup = asyncio.shield(self._lookups[host])
         try:
@@ -740,15 +749,14 @@ class _Resolver:
         ]
 
     async def close(self) -> None:
-        for lookup in self._lookups.values():
-            lookup.cancel()
+        """Part of aiohttp's interface; the lookups end with the downloader's other tasks."""
 
     async def _look_up(self, host: str) -> "list[str] | FetchError":
         for attempt in range(_RESOLVER_TRIES):
             if attempt:
                 await asyncio.sleep(_compute_backoff_s(host, attempt, self._options.backoff_s))
             try:
-                found = await self._threads.call(
+                found = await self._downloader.resolving.call(
                     socket.getaddrinfo, host, None, socket.AF_UNSPEC, socket.SOCK_STREAM, 0, socket.AI_ADDRCONFIG
                 )
                 return list(dict.fromkeys(entry[4][0] for entry in found)) or FetchError("unknown host", host)

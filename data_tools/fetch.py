@@ -443,6 +443,8 @@ class _Downloader(contextlib.AbstractContextManager):
         await asyncio.gather(*tasks, return_exceptions=True)
         for session in self._sessions.values():
             await session.close()
+        await asyncio.sleep(0)  # transports report their end in the round after
+        await self._loop.shutdown_asyncgens()
         self.resolving.close()
         self._reading.close()
 

@@ -83,7 +83,7 @@ class Server:
                     await writer.drain()
             finally:
                 self.now -= 1
-        writer.close()
+                writer.close()
 
 
 def reply(body: bytes = b"", status: str = "200 OK", length: object = None, **headers: str) -> bytes:

@@ -458,6 +458,7 @@ class _Downloader(contextlib.AbstractContextManager):
             self._room.release(item)
             item.result.set_result(FetchError(*error.args))  # a new one, whose traceback keeps no buffers alive
         except asyncio.CancelledError:
+            item.result.set_exception(RuntimeError("the download was cancelled"))  # whoever waits is not left waiting
             raise
         except BaseException as error:
             item.result.set_exception(error)

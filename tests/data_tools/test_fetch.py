@@ -284,6 +284,26 @@ def test_memory_is_bounded_while_nobody_takes_the_pictures(server, monkeypatch, 
     assert max(peaks) <= limit + 2**21 + 12
 
 
+def test_room_that_turns_out_to_be_free_is_passed_on():
+    async def use() -> None:
+        room = fetch._Room(10)
+        first, second, third = (fetch._Item(name) for name in "abc")
+        room.hold(first, 10)
+        for waiting, count in ((second, 4), (third, 3)):
+            with pytest.raises(fetch._NoRoom):
+                room.hold(waiting, count)
+        waits = [asyncio.ensure_future(room.wait(item)) for item in (second, third)]
+        await asyncio.sleep(0)
+        room.hold(first, 5)
+        await asyncio.wait_for(waits[0], 5)
+        assert not waits[1].done()  # 4 of the 5 that are free are spoken for
+        room.want(third)
+        await asyncio.wait_for(waits[1], 5)
+        room.hold(third, 100)
+
+    asyncio.run(use())
+
+
 def test_closing_early_ends_everything(server, name_server, monkeypatch, caplog):
     async def never(writer):
         await asyncio.sleep(60)
@@ -467,6 +487,7 @@ def test_compression_is_undone_within_the_limit(server):
     assert refusal(server, "/bomb", max_bytes=2**20) == "file too large"
     assert refusal(server, "/cut") == "answer cut off"
     assert {refusal(server, path) for path in ("/not", "/br", "/twice")} == {"unexpected answer"}
+    assert len(fetch._Inflater(100).inflate(gzip.compress(bytes(2**20)))) == 101
     assert "Accept-Encoding: identity" in server.heads[-1]
 
 
@@ -545,6 +566,18 @@ def test_addresses_are_judged_where_the_connection_is_made(server, name_server, 
     (result,) = fetch_all([server.url("/x", "public.test")], public)
     assert result.reason == "address refused"
     assert server.requests == []
+
+
+def test_of_a_names_addresses_only_the_public_ones_are_tried(server, monkeypatch):
+    def look_up(host, *arguments):
+        kind = (socket.AF_INET, socket.SOCK_STREAM, 6, "")
+        return [(*kind, (address, 0)) for address in ("127.0.0.2", "127.0.0.1", "127.0.0.3")]
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    monkeypatch.setattr(fetch, "is_public", lambda address: address == "127.0.0.1")
+    server.answers["/x"] = reply(b"x")
+    options = FetchOptions(**{**OPTIONS, "allow_private": False})
+    assert list(fetch_all([server.url("/x", "both.test")], options)) == [b"x"]
 
 
 def test_a_redirect_to_a_private_address_is_refused(server, name_server, monkeypatch):

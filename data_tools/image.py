@@ -1,19 +1,15 @@
 """Picture files -> the JPEG bytes that go into a shard. Untrusted bytes: the header is checked before decoding."""
 
-import errno
 import io
-import stat
 import struct
 import warnings
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
 
 import numpy as np
 from PIL import Image
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 89_000_000
-MAX_FILE_BYTES = 512 * 2**20
 JPEG_QUALITY = 90
 
 _ORIENTATION_TAG = 0x0112
@@ -27,7 +23,6 @@ _TRANSPOSE = {
     8: Image.Transpose.ROTATE_90,
 }
 _SIDEWAYS = tuple(_TRANSPOSE[orientation] for orientation in (5, 6, 7, 8))
-_UNREADABLE = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)
 _METADATA_MARKERS = (0xE1, 0xED, 0xFE)
 """APP1 (EXIF with its GPS position, XMP), APP13 (IPTC) and comments."""
 
@@ -52,35 +47,6 @@ class Picture:
     height: int
     original_width: int
     original_height: int
-
-
-def read_picture(root: Path, name: str) -> bytes:
-    """The bytes of the file `name` under `root`. The name comes from a table and may not lead out of `root`.
-
-    Raises PictureError for such a name and for a file that is missing or is none; an error of the storage is raised as
-    it is, since a later run may well succeed.
-    """
-    if not name or "\0" in name:
-        raise PictureError("no image name", repr(name))
-    if name.startswith("/") or ".." in PurePosixPath(name).parts:
-        raise PictureError("image name leads out of the image root", name)
-    path = root / name
-    try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise PictureError("not a file", name)
-        if status.st_size > MAX_FILE_BYTES:
-            raise PictureError(
-                "file too large", f"{name} has {status.st_size} bytes, at most {MAX_FILE_BYTES} are read"
-            )
-        return path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        raise PictureError("missing picture", name) from None
-    except OSError as error:
-        if error.errno in _UNREADABLE:
-            raise PictureError("unreadable picture", f"{name}: {error.strerror}") from None
-        error.filename = str(path)
-        raise
 
 
 def prepare_picture(data: bytes, resize: int) -> Picture:

@@ -122,7 +122,7 @@ class Source(abc.ABC):
         if len(splits) > 1:
             pattern = f"{folder.rstrip('/')}/**/{min(splits)}-*"
             raise UserError(f"{folder}: holds the splits {', '.join(sorted(splits))}. Give one, as with '{pattern}'")
-        return [_File(f"{folder.rstrip('/')}/{name}", name) for name in names]
+        return [_File(f"{folder.rstrip('/')}/{name}", _clean_text(name)) for name in names]
 
     @abc.abstractmethod
     def identity(self) -> str:
@@ -230,6 +230,9 @@ def open_source(
     source = SOURCES[kind]
     if kind in (".csv", ".tsv") and image_column is None and caption_column is None:
         source = _recognise_table(files[0]) or source
+    packed = [file.path for file in files if file.path.lower().endswith(".gz")]
+    if packed and issubclass(source, (TarSource, _ColumnarSource)):
+        raise UserError(f"{packed[0]}: pictures inside gzip cannot be reached one by one. Unpack it first")
     return source(input, files, options)
 
 
@@ -329,6 +332,8 @@ def _expand(input: str) -> list[str]:
     if not files:
         raise UserError(f"{input}: no file is named so. Check the path or the pattern")
     absent = [path for path in files if not _is_url(path) and not os.path.isfile(path)]
+    if absent == [input]:
+        raise UserError(f"{input}: no such file or folder. Check the path")
     if absent:
         raise UserError(f"{input}: {len(absent)} of {len(files)} files are not there (first: {absent[0]})")
     return files
@@ -348,7 +353,7 @@ def _name_files(paths: list[str]) -> list[_File]:
     """Names below the folder that the files have in common."""
     parts = [path.split("/") for path in paths]
     depth = len(os.path.commonprefix([part[:-1] for part in parts]))
-    return [_File(path, "/".join(part[depth:])) for path, part in zip(paths, parts, strict=True)]
+    return [_File(path, _clean_text("/".join(part[depth:]))) for path, part in zip(paths, parts, strict=True)]
 
 
 def _list_files(folder: str) -> Iterator[str]:
@@ -394,8 +399,8 @@ def _guess_kind_of_folder(folder: str) -> str:
     kinds = [suffix for suffix in suffixes if suffix in SOURCES and suffix != ".json"]
     if ".tar" in kinds:
         kinds = [".tar"]  # the tables beside tars tell about them
-    elif "folder" in SOURCES and any(suffix[1:] in PICTURE_SUFFIXES for suffix in suffixes):
-        kinds = ["folder", *(kind for kind in kinds if SOURCES[kind].embedded)]
+    if any(suffix[1:] in PICTURE_SUFFIXES for suffix in suffixes):
+        kinds = ["folder", *(kind for kind in kinds if kind in (".tar", ".parquet", ".arrow"))]
     if len({SOURCES[kind] for kind in kinds}) == 1:
         return kinds[0]
     found = f"could be any of {', '.join(kinds)}" if kinds else "holds nothing that is known"
@@ -985,7 +990,7 @@ class FolderSource(_RecordSource):
             digest.update(repr((name, size, refusal, sorted(texts.items()))).encode())
         captions, extra = _read_captions(self._input, texts, self._options.caption_column)
         refusal = refusal or ("no caption" if captions is None else "")
-        return _Record(name, captions, refusal, extra, name, name)
+        return _Record(name, captions, refusal, extra, name if _is_utf8(name) else "", _clean_text(name))
 
     def _look_up(self, name: str) -> tuple[int, str]:
         """The picture's size in bytes, and why it is none, or ""."""
@@ -1141,14 +1146,14 @@ class TarSource(_RecordSource):
                 continue
             if part_of_other:
                 continue
-            location = f"{file.name}/{key}.{found[0]}"
+            picture = members[found[0]]
+            location = f"{file.name}/{picture.name}"
             if len(found) > 1:
                 yield self._refuse(location, "several pictures of one key: name an extension with --image-column")
                 continue
             texts = {name: text for other in group.values() for name, text in other.items()} if only else {}
             texts |= members
             texts = {name: text for name, text in texts.items() if not self._is_picture(name)}
-            picture = members[found[0]]
             place = f"{number}:{picture.data_offset}:{picture.size}"
             yield self._read_record(file, stream, texts, digest)._replace(place=place, location=_clean_text(location))
 
@@ -1336,6 +1341,7 @@ class ParquetSource(_ColumnarSource):
         return f"{self._image}.bytes" if self._image_is_struct else self._image
 
     def _read_batches(self, file: _File, columns: list[str]) -> "Iterator[tuple[str, int, Any, Sequence[bool]]]":
+        # Columns that are not there, such as the paths of a struct without them, are passed over.
         columns = [*columns, *([f"{self._image}.path"] if self._image_is_struct else [])]
         with contextlib.ExitStack() as files:
             parquet = _open_parquet(file, files)
@@ -1422,9 +1428,10 @@ class _ParquetWindow:
         if self.group in self._damage and end >= self._damage[self.group][0]:
             raise self._damage[self.group][1]  # reading the group up to here for each of its rows would take for ever
         try:
-            pictures = read_pictures(next(self._batches))
-        except StopIteration:
-            raise OSError("the row group has fewer rows than were counted") from None
+            batch = next(self._batches, None)
+            if batch is None:
+                raise OSError("the row group has fewer rows than were counted")
+            pictures = read_pictures(batch)
         except _arrow_errors() as error:
             self._damage[self.group] = (end, error)
             raise
@@ -1475,8 +1482,10 @@ class ArrowSource(_ColumnarSource):
     def _read_cell(self, number: int, group: int, row: int) -> Any:
         batches, images = self._hold(number, lambda files: (_open_arrow(self._files[number], files)[1], []))
         while len(images) <= group:  # only the places of the buffers are read here, not the pictures
-            images.append(next(batches).column(self._image))
-        _check_array(images[group])
+            batch = next(batches, None)
+            images.append(None if batch is None else _check_pictures(batch.column(self._image)))
+        if images[group] is None:
+            raise OSError("the batch is damaged")
         return self._read_pictures(images[group].slice(row, 1))[0].as_py()
 
     def identity(self) -> str:
@@ -1522,7 +1531,7 @@ def _open_arrow(file: _File, files: contextlib.ExitStack) -> tuple[Any, Iterator
 def _arrow_errors() -> tuple[type[Exception], ...]:
     import pyarrow
 
-    return (pyarrow.ArrowException, OSError, StopIteration)
+    return (pyarrow.ArrowException, OSError)
 
 
 @contextlib.contextmanager
@@ -1576,6 +1585,14 @@ def _check_array(array: "pyarrow.Array") -> None:
     elif pyarrow.types.is_large_string(kind):
         array = array.view(pyarrow.large_binary())
     array.validate(full=True)
+
+
+def _check_pictures(array: "pyarrow.Array") -> "pyarrow.Array | None":
+    try:
+        _check_array(array)
+    except _arrow_errors():
+        return None
+    return array
 
 
 def _to_values(array: "pyarrow.Array") -> list[Any]:
@@ -1673,6 +1690,5 @@ SOURCES: dict[str, type[Source]] = {
     "cc3m": ConceptualCaptionsSource,
     "cc12m": Conceptual12MSource,
     "webdataset": TarSource,
-    "huggingface": ArrowSource,
 }
 """By suffix, or by a name for `--kind`."""

@@ -21,7 +21,7 @@ import re
 import stat
 import threading
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, NamedTuple
 
@@ -60,7 +60,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _NUL_MARK = "\udc00"  # stands for NUL inside csv.reader, which does not take NUL before Python 3.11
 _FLICKR30K_HEADER = re.compile(r"\s*image_name\s*\|\s*comment_number\s*\|\s*comment\s*")
 _FLICKR30K_ROW = re.compile(r"([^|]+)\|\s*\d+\s*\|?\s*(.*)", re.DOTALL)
-_FLICKR30K_TOKEN = re.compile(r"(.+)#\d+\t(.*)", re.DOTALL)
+_FLICKR30K_TOKEN = re.compile(r"(.+?)#\d+\t(.*)", re.DOTALL)
 _URL = re.compile(r"https?://\S+\Z")
 _SPLIT_FILE = re.compile(r"(?:.*/)?([A-Za-z_]+)-\d+-of-\d+[^/]*")
 _BATCH_ROWS = 1024
@@ -211,7 +211,8 @@ def open_source(
     if kind is not None:
         found = next((name for name in (kind, f".{kind}") if name in SOURCES), None)
         if found is None:
-            raise UserError(f"{input}: unknown kind '{kind}'.{suggest(kind, SOURCES)} Valid: {', '.join(SOURCES)}")
+            valid = [name.removeprefix(".") for name in SOURCES]
+            raise UserError(f"{input}: unknown kind '{kind}'.{suggest(kind, valid)} Valid: {', '.join(valid)}")
         kind = found
     options = _Options(image_column, caption_column, None if keep_columns is None else tuple(keep_columns))
     if _is_folder(input):
@@ -521,7 +522,7 @@ class _ExtraColumns:
         if kind is not None:
             kinds.add("json" if kind == "int64" and not -(2**63) <= value < 2**63 else kind)
 
-    def finish(self, columns: Iterable[str] = ()) -> "_ExtraColumns":
+    def finish(self, columns: Collection[str] = ()) -> "_ExtraColumns":
         """Settle names and types. Raises UserError for a column to keep that is not there."""
         for name in self._keep or ():
             if name not in self._kinds and name not in columns:
@@ -652,7 +653,7 @@ class _TableSource(Source):
             for header in headers:
                 for name, _ in self._kept(header):
                     extra.observe_kind(name, "string")
-            self._extra = extra.finish(name for header in headers for name in header)
+            self._extra = extra.finish({name for header in headers for name in header})
         return self._extra
 
 

@@ -54,7 +54,9 @@ def test_names_kinds_and_places_are_those_of_tarfile(members, tar_format):
         ]
     found = read(data)
     # tarfile takes slashes off the end of a name, and takes a file of such a name for a folder
-    assert [(name.rstrip("/"), *rest) for name, *rest in found] == [(name.rstrip("/"), *rest) for name, *rest in expected]
+    assert [(name.rstrip("/"), *rest) for name, *rest in found] == [
+        (name.rstrip("/"), *rest) for name, *rest in expected
+    ]
 
 
 @settings(max_examples=300, deadline=None)
@@ -77,7 +79,10 @@ HEADER_FIELDS = {"size": (124, 12), "type": (156, 1), "magic": (257, 8), "name":
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from(list(HEADER_FIELDS)), st.binary(max_size=12)), max_size=4), st.binary(max_size=1200))
+@given(
+    st.lists(st.tuples(st.sampled_from(list(HEADER_FIELDS)), st.binary(max_size=12)), max_size=4),
+    st.binary(max_size=1200),
+)
 def test_lies_under_a_right_checksum_end_in_a_tar_error_or_in_members_inside_the_file(lies, rest):
     header = bytearray(render_member("a.jpg", b""))
     for field, value in lies:

@@ -104,7 +104,7 @@ def _parse_header(header: bytes, position: int) -> tuple[bytes, int, bytes]:
     checked = header[:148] + header[156:]
     computed = sum(checked) + _EMPTY_CHECKSUM
     # Some old writers summed signed bytes.
-    if stored not in (computed, computed - 256 * sum(byte > 127 for byte in checked)):
+    if stored != computed and stored != computed - 256 * sum(byte > 127 for byte in checked):
         raise TarError("the header is damaged: its checksum does not match", position)
     size = _parse_number(header[124:136])
     if size is None or size < 0:

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, NamedTuple
 from data_tools.errors import UserError, suggest
 from data_tools.foreign_tar import DEVICE, FILE, FOLDER, LINK, Member, read_headers
 from data_tools.image import PictureError
+from data_tools.parquet_footer import Footer, FooterError, RowGroup, read_footer
 from data_tools.tar import TarError
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ _URL = re.compile(r"https?://\S+\Z")
 _SPLIT_FILE = re.compile(r"(?:.*/)?([A-Za-z_]+)-\d+-of-\d+[^/]*")
 _BATCH_ROWS = 1024
 _WINDOW_BYTES = 32 * 2**20
+_LARGEST_WINDOW_ROWS = 2**20  # whatever a footer says
 _LOOKED_AT_ROWS = 1000
 _LOOKED_AT_FILES = 1000
 _LARGEST_GROUP = 1000
@@ -1195,13 +1197,20 @@ class _ColumnarSource(Source):
     def __init__(self, input: str, files: Sequence[_File], options: _Options) -> None:
         super().__init__(input, files, options)
         self._extra: _ExtraColumns | None = None
-        schema = self._read_schema(self._files[0])
+        schema = self._load_schema(self._files[0])
         self._image, self._caption = self._choose_columns(self._files[0], schema)
         self.embedded = _holds_pictures(schema.field(self._image).type)
         self._image_is_struct = self.embedded and not _is_bytes(schema.field(self._image).type)
 
     @abc.abstractmethod
     def _read_schema(self, file: _File) -> "pyarrow.Schema": ...
+
+    def _load_schema(self, file: _File) -> "pyarrow.Schema":
+        """A file's schema, whose names can be read. Raises UserError."""
+        with _refuse_damaged(file):
+            schema = self._read_schema(file)
+            _check_names(schema)
+            return schema
 
     @abc.abstractmethod
     def _read_batches(
@@ -1305,7 +1314,7 @@ class _ColumnarSource(Source):
 
     def _checked_schema(self, file: _File) -> "pyarrow.Schema":
         """A file's schema. Raises UserError when it lacks a column, or has it of another sort, than the first file."""
-        schema = self._read_schema(file)
+        schema = self._load_schema(file)
         for name in (self._image, self._caption):
             if schema.get_field_index(name) < 0:
                 raise UserError(
@@ -1346,13 +1355,12 @@ class ParquetSource(_ColumnarSource):
         columns = [*columns, *([f"{self._image}.path"] if self._image_is_struct else [])]
         with contextlib.ExitStack() as files:
             parquet = _open_parquet(file, files)
-            for group in range(parquet.num_row_groups):
-                chunk = self._find_chunk(parquet, group)
-                nulls = None if chunk is None or chunk.statistics is None else chunk.statistics.null_count
-                total = parquet.metadata.row_group(group).num_rows
-                known = not self.embedded or nulls in (0, total)
+            for group, facts in enumerate(_read_parquet_footer(file).row_groups):
+                chunk = facts.chunks.get(self._picture_leaf())
+                nulls = None if chunk is None else chunk.nulls
+                known = not self.embedded or nulls in (0, facts.rows)
                 wanted = columns if known and self.embedded else [*columns, self._picture_leaf()]
-                size = _BATCH_ROWS if known else self._window_rows(parquet, group)
+                size = _BATCH_ROWS if known else self._window_rows(facts)
                 start = 0
                 for batch in parquet.iter_batches(size, row_groups=[group], columns=wanted):
                     present = [self.embedded and nulls == 0] * batch.num_rows
@@ -1367,55 +1375,44 @@ class ParquetSource(_ColumnarSource):
         column = batch.column(self._image)
         return pyarrow.compute.struct_field(column, "bytes") if self._image_is_struct else column
 
-    def _find_chunk(self, parquet: Any, group: int) -> Any:
-        """What the footer says about the pictures of a row group, None where there are none."""
-        meta = parquet.metadata.row_group(group)
-        chunks = (meta.column(place) for place in range(meta.num_columns))
-        leaf = self._picture_leaf() if self.embedded else None
-        return next((chunk for chunk in chunks if chunk.path_in_schema == leaf), None)
-
-    def _window_rows(self, parquet: Any, group: int) -> int:
+    def _window_rows(self, group: RowGroup) -> int:
         """As many rows as have about 32 MiB of pictures."""
-        chunk, rows = self._find_chunk(parquet, group), parquet.metadata.row_group(group).num_rows
-        size = 1 if chunk is None else chunk.total_uncompressed_size
-        return max(1, min(rows, _WINDOW_BYTES * rows // max(1, size)))
+        chunk = group.chunks.get(self._picture_leaf())
+        unpacked_bytes = 0 if chunk is None else chunk.unpacked_bytes
+        return max(1, min(group.rows, _WINDOW_BYTES * group.rows // max(1, unpacked_bytes), _LARGEST_WINDOW_ROWS))
 
     def _read_cell(self, number: int, group: int, row: int) -> Any:
-        held = self._hold(number, lambda files: _ParquetWindow(_open_parquet(self._files[number], files)))
+        held = self._hold(number, lambda files: self._open_window(self._files[number], files))
         if held.group != group or row < held.start:
-            size = self._window_rows(held.parquet, group)
+            size = self._window_rows(held.row_groups[group])
             held.begin(group, held.parquet.iter_batches(size, row_groups=[group], columns=[self._picture_leaf()]))
         while row >= held.start + len(held.pictures):
             held.go_on(self._read_pictures)
         return held.pictures[row - held.start].as_py()
 
+    def _open_window(self, file: _File, files: contextlib.ExitStack) -> "_ParquetWindow":
+        return _ParquetWindow(_open_parquet(file, files), _read_parquet_footer(file).row_groups)
+
     def identity(self) -> str:
         """Beside the names: the footers, and the stored bytes of every column but the pictures."""
         digest = self._hash_names()
         for file in self._files:
-            with _refuse_damaged(file), contextlib.ExitStack() as files:
-                parquet = _open_parquet(file, files)
-                stream = files.enter_context(_open(file.path))
-                length = stream.seek(0, 2)
-                stream.seek(length - 8)
-                footer = 8 + int.from_bytes(stream.read(8)[:4], "little")
-                ranges = [(length - footer, footer)]
-                for group in range(parquet.num_row_groups):
-                    meta = parquet.metadata.row_group(group)
-                    for chunk in map(meta.column, range(meta.num_columns)):
-                        if not self.embedded or chunk.path_in_schema != self._picture_leaf():
-                            starts = (chunk.dictionary_page_offset, chunk.data_page_offset)
-                            ranges.append((min(start for start in starts if start), chunk.total_compressed_size))
-                for start, size in ranges:
-                    _hash_range(digest, stream, start, size)
+            footer = _read_parquet_footer(file)
+            digest.update(footer.data)
+            with _open(file.path) as stream:
+                for group in footer.row_groups:
+                    for path, chunk in group.chunks.items():
+                        if not self.embedded or path != self._picture_leaf():
+                            _hash_range(digest, stream, chunk.start, chunk.stored_bytes)
         return digest.hexdigest()
 
 
 class _ParquetWindow:
     """A run of decoded pictures in a row group, which moves forward. After damage it stays where it was."""
 
-    def __init__(self, parquet: Any) -> None:
+    def __init__(self, parquet: Any, row_groups: Sequence[RowGroup]) -> None:
         self.parquet = parquet
+        self.row_groups = row_groups
         self.group, self.start = -1, 0
         self.pictures: Any = ()
         self._batches: Iterator[Any] = iter(())
@@ -1513,6 +1510,14 @@ def _open_parquet(file: _File, files: contextlib.ExitStack) -> Any:
         return files.enter_context(pyarrow.parquet.ParquetFile(stream, buffer_size=2**20, pre_buffer=False))
 
 
+def _read_parquet_footer(file: _File) -> Footer:
+    with _open(file.path) as stream:
+        try:
+            return read_footer(stream)
+        except FooterError as error:
+            raise UserError(f"{file.path}: truncated or damaged ({error}). Fetch or write it again") from None
+
+
 def _open_arrow(file: _File, files: contextlib.ExitStack) -> tuple[Any, Iterator[Any]]:
     """The schema and the batches of an Arrow stream, or of an Arrow file."""
     import pyarrow
@@ -1532,7 +1537,7 @@ def _open_arrow(file: _File, files: contextlib.ExitStack) -> tuple[Any, Iterator
 def _arrow_errors() -> tuple[type[Exception], ...]:
     import pyarrow
 
-    return (pyarrow.ArrowException, OSError)
+    return (pyarrow.ArrowException, OSError, UnicodeDecodeError)  # the last for the name of a column
 
 
 @contextlib.contextmanager
@@ -1569,6 +1574,15 @@ def _hash_array(digest: Any, array: "pyarrow.Array", is_picture: bool) -> None:
         digest.update(b"-" if buffer is None else b"%d:" % buffer.size)
         if buffer is not None:
             digest.update(buffer)
+
+
+def _check_names(fields: "Iterable[pyarrow.Field]") -> None:
+    """Raise UnicodeDecodeError for a name that is not UTF-8: pyarrow decodes a name only when it is used."""
+    import pyarrow
+
+    for field in fields:
+        if field.name and pyarrow.types.is_nested(field.type):
+            _check_names(map(field.type.field, range(field.type.num_fields)))
 
 
 def _check_array(array: "pyarrow.Array") -> None:

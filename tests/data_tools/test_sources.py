@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 
 from data_tools.errors import UserError
 from data_tools.image import PictureError
-from data_tools.sources import MAX_LINE_BYTES, SIDECAR_COLUMNS, Row, open_source, read_rows
+from data_tools.inputs import MAX_LINE_BYTES, SIDECAR_COLUMNS
+from data_tools.sources import Row, open_source, read_rows
 from data_tools.tar import render_member
 
 
@@ -505,7 +506,7 @@ def test_what_a_folder_holds_is_found_or_asked_for(folder, tmp_path):
     (tmp_path / "empty").mkdir()
     refuses(tmp_path / "empty", "holds nothing that is known")
     refuses(tmp_path / "empty", "no picture is here or below", kind="folder")
-    refuses(tmp_path / "empty", "no file of the kind .parquet", kind="parquet")
+    refuses(tmp_path / "empty", "no .parquet file is here or below", kind="parquet")
 
 
 def test_the_identity_of_a_folder_is_of_names_sizes_and_captions(folder):

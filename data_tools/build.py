@@ -30,7 +30,7 @@ from data_tools.files import (
     write_atomic,
     write_json_atomic,
 )
-from data_tools.image import PictureError, prepare_picture, read_picture
+from data_tools.image import ImagePolicy, PictureError, prepare_picture, read_picture
 from data_tools.shards import (
     INDEX_SUFFIX,
     MANIFEST_NAME,
@@ -395,17 +395,17 @@ def _add_sample(writer: ShardWriter, key: str, sample: _Sample, task: _ShardTask
     """Append one sample to the tar and return its part of the sidecar's row. Raises PictureError."""
     if not sample.captions:
         raise PictureError("no caption", sample.refusals[0])
-    picture = prepare_picture(read_picture(task.image_root, sample.source), task.resize)
+    picture = prepare_picture(read_picture(task.image_root, sample.source), ImagePolicy(resize=task.resize))
     facts = {
         "width": picture.width,
         "height": picture.height,
         "original_width": picture.original_width,
         "original_height": picture.original_height,
-        "sha256": hashlib.sha256(picture.jpeg).hexdigest(),
+        "sha256": hashlib.sha256(picture.data).hexdigest(),
     }
     content = {"captions": sample.captions, "key": key, "source": sample.source, **facts}
     fields = {
-        "jpg": picture.jpeg,
+        "jpg": picture.data,
         "txt": sample.captions[0].encode(),
         "json": json.dumps(content, ensure_ascii=False).encode(),
     }

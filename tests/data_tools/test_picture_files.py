@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_tools.image import MAX_PIXELS, PictureError, prepare_picture, read_picture
+from data_tools.image import MAX_PIXELS, ImagePolicy, PictureError, prepare_picture, read_picture
 
 
 def encode(image: Image.Image, kind: str = "JPEG", **options) -> bytes:
@@ -35,8 +35,8 @@ def make_exif(orientation: int) -> Image.Exif:
 @pytest.mark.parametrize("progressive", [False, True])
 def test_a_small_plain_jpeg_keeps_its_bytes(noise, mode, progressive):
     data = encode(noise(60, 40).convert(mode), quality=70, progressive=progressive)
-    picture = prepare_picture(data, resize=256)
-    assert picture.jpeg == data
+    picture = prepare_picture(data, ImagePolicy(resize=256))
+    assert picture.data == data
     assert (picture.width, picture.height, picture.original_width, picture.original_height) == (60, 40, 60, 40)
 
 
@@ -44,9 +44,9 @@ def test_metadata_goes_and_the_pixels_stay(noise):
     clean = encode(noise(60, 40), quality=70)
     tagged = encode(noise(60, 40), quality=70, exif=make_exif(1), comment=b"taken at home")
     assert b"Exif" in tagged and b"taken at home" in tagged
-    assert prepare_picture(tagged, resize=256).jpeg == clean
+    assert prepare_picture(tagged, ImagePolicy(resize=256)).data == clean
     with_film = tagged + b"a film behind the photo, with its own position"
-    recoded = prepare_picture(with_film, resize=256).jpeg
+    recoded = prepare_picture(with_film, ImagePolicy(resize=256)).data
     assert not any(trace in recoded for trace in (b"Exif", b"home", b"film"))
 
 
@@ -56,16 +56,16 @@ def test_metadata_goes_and_the_pixels_stay(noise):
     [((100, 80), 40, (50, 40)), ((80, 100), 40, (40, 50)), ((100, 80), 0, (100, 80)), ((900, 10), 5, (450, 5))],
 )
 def test_the_shorter_side_is_reduced(noise, kind, size, resize, expected):
-    picture = prepare_picture(encode(noise(*size), kind), resize)
+    picture = prepare_picture(encode(noise(*size), kind), ImagePolicy(resize=resize))
     assert (picture.width, picture.height) == expected
-    assert Image.open(io.BytesIO(picture.jpeg)).size == expected
+    assert Image.open(io.BytesIO(picture.data)).size == expected
     assert (picture.original_width, picture.original_height) == size
 
 
 def test_reducing_is_antialiased():
     stripes = np.zeros((512, 512, 3), dtype=np.uint8)
     stripes[:, ::2] = 255
-    pixels = decode(prepare_picture(encode(Image.fromarray(stripes), "PNG"), resize=64).jpeg)
+    pixels = decode(prepare_picture(encode(Image.fromarray(stripes), "PNG"), ImagePolicy(resize=64)).data)
     assert np.abs(pixels - 127.5).max() < 8
 
 
@@ -76,8 +76,8 @@ def test_exif_orientation_is_applied(orientation):
     upright.paste("red", (0, 0, 20, 20))
     inverse = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # the transposition that undoes each orientation
     stored = upright if orientation == 1 else upright.transpose(Image.Transpose(inverse[orientation]))
-    picture = prepare_picture(encode(stored, quality=95, exif=make_exif(orientation)), resize=256)
-    pixels = decode(picture.jpeg)
+    picture = prepare_picture(encode(stored, quality=95, exif=make_exif(orientation)), ImagePolicy(resize=256))
+    pixels = decode(picture.data)
     assert (picture.original_width, picture.original_height) == (60, 40)
     assert pixels.shape == (40, 60, 3)
     assert np.abs(pixels[5, 5] - (255, 0, 0)).max() < 12
@@ -110,19 +110,19 @@ def test_odd_kinds_become_rgb_with_the_right_colours():
         ),
     }
     for name, (data, colour) in cases.items():
-        picture = prepare_picture(data, resize=256)
-        assert np.abs(decode(picture.jpeg) - colour).max() <= 4, name
+        picture = prepare_picture(data, ImagePolicy(resize=256))
+        assert np.abs(decode(picture.data) - colour).max() <= 4, name
         assert (picture.width, picture.height) == (40, 30), name
 
 
 def test_broken_exif_does_not_make_a_broken_picture(noise):
     data = encode(noise(60, 40), exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12")
-    assert b"Exif" not in prepare_picture(data, resize=256).jpeg
+    assert b"Exif" not in prepare_picture(data, ImagePolicy(resize=256)).data
 
 
 def refused(data: bytes, resize: int = 256) -> PictureError:
     with pytest.raises(PictureError) as caught:
-        prepare_picture(data, resize)
+        prepare_picture(data, ImagePolicy(resize=resize))
     return caught.value
 
 
@@ -147,7 +147,7 @@ def test_damaged_files_have_a_reason_and_never_crash(noise):
             for position in generator.integers(0, len(damaged), 8):
                 damaged[position] = generator.integers(0, 256)
             try:
-                prepare_picture(bytes(damaged), resize=32)
+                prepare_picture(bytes(damaged), ImagePolicy(resize=32))
             except PictureError as error:
                 assert error.reason in ("damaged picture", "not a picture", "too many pixels")
 

@@ -440,7 +440,7 @@ def strip_png(data: bytes) -> bytes | None:
     """The PNG without any chunk that is not needed to show it; None if it has 16 bits or is no plain run of chunks."""
     kept = [data[:8]]
     position = 8
-    if data[12:16] != b"IHDR" or data[24] > 8:
+    if data[12:16] != b"IHDR" or data[24:25] > b"\x08":
         return None
     while position + 12 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, position)
@@ -461,7 +461,7 @@ def strip_webp(data: bytes) -> bytes | None:
         start, position = position, position + 8 + length + length % 2
         if kind in _KEPT_WEBP_CHUNKS:
             chunk = bytearray(data[start:position])
-            if kind == b"VP8X":
+            if kind == b"VP8X" and length:
                 chunk[8] &= ~_WEBP_METADATA_FLAGS
             kept.append(bytes(chunk))
     if position != len(data) or struct.unpack_from("<I", data, 4)[0] + 8 != len(data):

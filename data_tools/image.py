@@ -401,10 +401,18 @@ def _copy(image: Image.Image, data: bytes, format: str) -> bytes | None:
     if image.has_transparency_data or getattr(image, "is_animated", False):
         return None
     copy = _STRIP[format](data)
-    if copy is not None and format == "jpg" and _decode_jpeg(image, data, 1, "GRAY") is None:
-        image.draft(None, (1, 1))
-        image.load()
-    return copy
+    if copy is None or (format == "jpg" and _decode_jpeg(image, copy, 1, "GRAY") is not None):
+        return copy
+    if format != "jpg" and copy == data:
+        return copy  # it has been decoded
+    try:
+        shown = Image.open(io.BytesIO(copy), formats=(image.format,))
+        size = shown.size
+        shown.draft(None, (1, 1))  # the whole file is read at an eighth of the size: enough to find damage
+        shown.load()
+    except Exception:
+        return None  # in a file with chunks that contradict each other; decoding the original says what to do
+    return copy if size == image.size else None
 
 
 def strip_jpeg(data: bytes) -> bytes | None:

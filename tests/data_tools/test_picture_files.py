@@ -500,6 +500,20 @@ def test_damaged_picture_data_in_the_middle_of_a_jpeg_is_noticed(noise):
     assert refused(bytes(header_lies)).reason == "damaged picture"
 
 
+def test_a_png_of_whole_chunks_with_broken_content_is_not_copied(noise):
+    data = encode(noise(60, 40), "PNG")
+    start = data.index(b"IDAT")
+    (length,) = struct.unpack_from(">I", data, start - 4)
+    content = data[start : start + 4 + length]
+    broken = content[: length // 2] + bytes(length - length // 2 + 4)
+    for changed in (broken, content[:1000]):  # false data, and too little of it
+        chunk = struct.pack(">I", len(changed) - 4) + changed + struct.pack(">I", zlib.crc32(changed))
+        damaged = data[: start - 4] + chunk + data[start + 8 + length :]
+        for policy in (ImagePolicy(format="png"), ImagePolicy()):
+            with pytest.raises(PictureError, match="^damaged picture"):
+                prepare_picture(damaged, policy)
+
+
 def test_a_jpeg_of_endless_scans_is_refused(noise):
     data = encode(noise(60, 40), progressive=True)
     scan = data.rindex(b"\xff\xda")

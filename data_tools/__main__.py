@@ -195,7 +195,7 @@ def _build(
     **options,
 ) -> None:
     from data_tools.build import build_shards
-    from data_tools.captions import CaptionPolicy, read_blocklist
+    from data_tools.captions import CaptionPolicy, load_blocklist
     from data_tools.fetch import FetchOptions
     from data_tools.image import ImagePolicy
 
@@ -213,7 +213,7 @@ def _build(
     if max_chars is not None:
         captions["max_chars"] = max_chars
     if blocklist is not None:
-        captions["blocklist"] = read_blocklist(blocklist)
+        captions["blocklist"] = load_blocklist(blocklist)
     fetch = FetchOptions(**_take_fetch_options(options))
     build_shards(images=ImagePolicy(**images), captions=CaptionPolicy(**captions), fetch=fetch, **options)
 

@@ -31,6 +31,7 @@ from data_tools.folder import (
     count,
     identify,
     is_finished,
+    list_shard_files,
     list_stems,
     load_finished_shards,
     load_state,
@@ -68,6 +69,7 @@ SIDECAR_FIELDS = [
 The other columns of the input follow."""
 
 _LOOKED_UP_FIRST = 1000
+_ALIASES = {"double": "float64", "bool": "bool_"}  # names of types in pyarrow that are not those of their makers
 
 
 @dataclass(frozen=True)
@@ -81,11 +83,11 @@ class _Recipe:
     images: ImagePolicy
     captions: CaptionPolicy
     samples_per_shard: int
-    extra: dict[str, tuple[str, str]]  # column of the input -> its name in the sidecar, and the name of its type
+    extra: dict[str, str]  # the other columns of the input, each with the name of its type
 
     @property
     def schema(self) -> pyarrow.Schema:
-        columns = [(name, getattr(pyarrow, kind)()) for name, kind in self.extra.values()]
+        columns = [(name, getattr(pyarrow, _ALIASES.get(kind, kind))()) for name, kind in self.extra.items()]
         return pyarrow.schema([*SIDECAR_FIELDS, *columns])
 
 
@@ -161,10 +163,8 @@ def build_shards(
     folder.make()
     with ExitStack() as stack:
         stack.enter_context(folder.lock(exclusive=task is None))
-        state = load_state(folder)
-        if state is not None and restart:
-            remove_run(folder, state)
-            state = None
+        before = load_state(folder)
+        state = None if restart else before
         if state is not None and is_finished(folder, state, options | {"image_root": fetch.image_root}, versions()):
             manifest = Manifest.load(folder)
             print(f"{folder}: this build is finished already, with {manifest.samples} samples")
@@ -174,13 +174,15 @@ def build_shards(
         plan = load_or_make_plan(source, place, build, samples_per_shard, seed, keep)
         if not source.embedded:
             _look_up_pictures(fetch.image_root, plan)
-        columns = _name_columns(source.extra_columns())
+        columns = {name: str(kind) for name, kind in source.extra_columns().items()}
         embedded = source if source.embedded else None
         recipe = _Recipe(folder, build, embedded, fetch, images, captions, samples_per_shard, columns)
         stems = name_shards(plan.shards)
         tasks = [_ShardTask(recipe, stem, plan.path(i), plan.count(i)) for i, stem in enumerate(stems)]
         tasks = tasks if task is None else tasks[task[0] - 1 :: task[1]]
         facts = {"image_root": fetch.image_root, "columns": columns, "fetch": asdict(fetch), **versions()}
+        if restart and before is not None:  # only now: input that cannot be used has been refused
+            remove_run(folder, before)
         prepare_folder(folder, stems, state, options, mine=[part.stem for part in tasks], **facts)
         started_s = time.monotonic()
         statistics, tried = _make_shards(tasks, processes)
@@ -242,7 +244,7 @@ def retry_failures(out: str | Path, processes: int | None = None, **fetch: Any) 
             ImagePolicy(**_pick(options, "images")),
             CaptionPolicy(),  # the captions are clean already
             options["samples_per_shard"],
-            {name: tuple(column) for name, column in state["columns"].items()},
+            state["columns"],
         )
         size = options["samples_per_shard"]
         cuts = range(0, len(samples), size)
@@ -253,13 +255,13 @@ def retry_failures(out: str | Path, processes: int | None = None, **fetch: Any) 
             tasks.append(_ShardTask(recipe, stem, Path(work) / f"{stem}.parquet", len(part)))
             write_samples(tasks[-1].rows, part)
         folder.write_json(RETRY_NAME, {"shards": [f"{stem}.tar" for stem in stems]})
-        remove_leftovers(folder, stems)
+        remove_leftovers(folder, list_shard_files(stems))
         statistics, _ = _make_shards(tasks, processes)
         healed = [part for part in statistics if part["samples"]]
         for part in statistics:
             if not part["samples"]:
-                for suffix in (".tar", ".tar.idx", ".parquet", "_stats.json"):
-                    folder.remove(part["name"].removesuffix(".tar") + suffix)
+                for name in list_shard_files([part["name"].removesuffix(".tar")]):
+                    folder.remove(name)
         retried = [*manifest.options.get("retried", []), *(part["name"] for part in healed)]
         gained = sum(part["samples"] for part in healed)
         manifest = Manifest.of_shards(
@@ -298,7 +300,7 @@ def _tuples(values: dict[str, Any]) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """The versions of what decodes and encodes pictures: one build is made by one set of them."""
-    return {name: importlib.metadata.version(name) for name in ("pillow", "simplejpeg")}
+    return {name: importlib.metadata.version(name) for name in ("opencv-python-headless", "pillow", "simplejpeg")}
 
 
 def _read_keep_list(path: Path) -> set[str]:
@@ -335,12 +337,6 @@ def _look_up_pictures(image_root: str, plan: Plan) -> None:
             f"{image_root}: none of the first {len(first)} pictures is here (such as {first[0]}). "
             "Give their folder as --image-root"
         )
-
-
-def _name_columns(columns: dict[str, pyarrow.DataType]) -> dict[str, tuple[str, str]]:
-    """For each other column of the input, its name in the sidecar (none of ours) and the name of its type."""
-    own = {name for name, _ in SIDECAR_FIELDS}
-    return {name: (f"source_{name}" if name in own else name, str(kind)) for name, kind in columns.items()}
 
 
 @contextmanager
@@ -415,7 +411,7 @@ def _build_shard(task: _ShardTask, report: Report) -> dict[str, Any]:
             key = f"{task.stem}{place:0{digits}d}"
             extra = json.loads(sample.extra) if sample.extra else {}
             row = {"key": key, "source": sample.source, "captions": sample.captions}
-            row |= {recipe.extra[column][0]: value for column, value in extra.items() if column in recipe.extra}
+            row |= extra
             try:
                 if not sample.captions:
                     raise PictureError("no caption", sample.refusals[0])
@@ -453,14 +449,15 @@ def _clean_captions(sample: Sample, policy: CaptionPolicy) -> None:
 def _read_pictures(recipe: _Recipe, samples: list[Sample]) -> Iterator[bytes | PictureError]:
     """The bytes of the pictures that have a caption, or why there are none, in order."""
     wanted = [sample for sample in samples if sample.captions]
-    if recipe.source is None:
-        yield from fetch_all([sample.source for sample in wanted], recipe.fetch)
-        return
-    for sample in wanted:
-        try:
-            yield recipe.source.read_embedded(sample.place)
-        except PictureError as error:
-            yield error
+    with closing(fetch_all([sample.source for sample in wanted if not sample.place], recipe.fetch)) as fetched:
+        for sample in wanted:
+            if not sample.place:
+                yield next(fetched)
+                continue
+            try:
+                yield recipe.source.read_embedded(sample.place)
+            except PictureError as error:
+                yield error
 
 
 def _add_sample(
@@ -498,13 +495,13 @@ def _add_sample(
 def _list_healable(manifest: Manifest, columns: dict[str, Any]) -> list[Sample]:
     """The samples whose last failure can heal, in dataset order. As many as there are, in memory."""
     failed: dict[str, Sample] = {}
-    names = ["source", "status", "error", "captions", *(name for name, _ in columns.values())]
+    names = ["source", "status", "error", "captions", *columns]
     for number in range(len(manifest.shards)):
         for row in manifest.read_sidecar(number, names, failures=True).to_pylist():
             if row["status"] == "success":
                 failed.pop(row["source"], None)
             elif row["error"].partition(": ")[0] in HEALABLE:
-                values = {column: row[name] for column, (name, _) in columns.items()}
+                values = {name: row[name] for name in columns if row[name] is not None}
                 extra = json.dumps(values, ensure_ascii=False) if values else ""
                 failed[row["source"]] = Sample(row["source"], row["captions"], [], extra, "")
             else:

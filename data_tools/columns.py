@@ -46,7 +46,7 @@ class _ColumnarSource(Source):
         self._extra: ExtraColumns | None = None
         schema = self._load_schema(self._files[0])
         self._image, self._caption = self._choose_columns(self._files[0], schema)
-        self.embedded = _holds_pictures(schema.field(self._image).type)
+        self.embedded = self.reads_by_group = _holds_pictures(schema.field(self._image).type)
         self._image_is_struct = self.embedded and not _is_bytes(schema.field(self._image).type)
 
     @abc.abstractmethod

@@ -78,11 +78,17 @@ class Source(abc.ABC):
     embedded: bool = False
     """Whether rows may carry places."""
 
+    reads_by_group: bool = False
+    """Whether places are GROUP/ROW, and one can only be read with what precedes it in its group."""
+
     def __init__(self, input: str, files: Sequence[InputFile], options: InputOptions) -> None:
         self._input = input
         self._files = tuple(files)
         self._options = options
         self._forget()
+
+    def __str__(self) -> str:
+        return self._input
 
     @classmethod
     def list_folder(cls, folder: str, suffixes: Sequence[str]) -> list[InputFile]:

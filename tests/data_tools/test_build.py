@@ -16,6 +16,7 @@ import pytest
 
 from data_tools.build import build_shards
 from data_tools.errors import UserError
+from data_tools.image import ImagePolicy
 from data_tools.info import print_info
 from data_tools.shards import Manifest, ShardReader
 
@@ -37,7 +38,7 @@ def read_rows(out: Path) -> list[dict]:
 
 def test_a_build_holds_the_table(tmp_path, write_table):
     table, images = write_table(10)
-    manifest = build_shards(table, tmp_path / "out", images, samples_per_shard=4, resize=32, processes=1)
+    manifest = build_shards(table, tmp_path / "out", images, samples_per_shard=4, images=ImagePolicy(resize=32), processes=1)
     assert (manifest.samples, manifest.captions, manifest.failures) == (10, 20, 0)
     assert [shard.samples for shard in manifest.shards] == [4, 4, 2]
     samples = read_samples(tmp_path / "out")
@@ -115,7 +116,7 @@ def test_a_killed_build_ends_with_the_same_bytes(tmp_path, write_table, read_fol
     again = run_data_tools("build", table, out, *options)
     assert again.returncode == 0, again.stderr
     assert "going on," in again.stdout and "120 samples, 240 captions" in again.stdout
-    build_shards(table, tmp_path / "whole", images, samples_per_shard=10, resize=300, processes=1)
+    build_shards(table, tmp_path / "whole", images, samples_per_shard=10, images=ImagePolicy(resize=300), processes=1)
     assert read_folder(out) == read_folder(tmp_path / "whole")
 
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
@@ -244,7 +245,7 @@ def test_another_build_is_not_mixed_in(tmp_path, write_table, read_folder):
     build_shards(table, out, images, samples_per_shard=2, processes=1)
     before = read_folder(out)
     with pytest.raises(UserError, match="holds a build with resize 256, not 32; seed None, not 1. Give the same"):
-        build_shards(table, out, images, samples_per_shard=2, resize=32, seed=1, processes=1)
+        build_shards(table, out, images, samples_per_shard=2, images=ImagePolicy(resize=32), seed=1, processes=1)
     table.write_text(table.read_text().replace("one", "eins"))
     with pytest.raises(UserError, match="holds a build with input_sha256"):
         build_shards(table, out, images, samples_per_shard=2, processes=1)

@@ -55,9 +55,9 @@ _DEFAULT_SUFFIX = ".duplicates.parquet"
 _STATE_NAME = "state.json"
 
 _PICTURE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-_CHUNK_SAMPLES = 4096
+_MIN_CHUNK, _MAX_CHUNK = 256, 8192
 _REPORT_EVERY = 64
-_BATCH = 2**20
+_BATCH = 2**17
 
 
 # Perceptual hashes
@@ -114,7 +114,7 @@ def hash_frequencies(frequencies: np.ndarray) -> np.ndarray:
     rows, columns = zip(*_HASHED, strict=True)
     values = frequencies[:, rows, columns]
     bits = values > np.median(values, axis=1, keepdims=True)
-    return np.packbits(bits, axis=1).view(">u8").astype(np.uint64).ravel()
+    return np.ascontiguousarray(np.packbits(bits, axis=1)).view(">u8").astype(np.uint64).ravel()
 
 
 def confirm_likeness(
@@ -144,7 +144,7 @@ def find_neighbours(
     """All pairs of a query and a code that differ in at most `radius` of 64 bits, each once, exactly.
 
     codes: uint64 [n], queries: uint64 [m]. Yields (places in queries, places in codes, distances) in pieces of at most
-    about a million pairs. `report` is called once for each of `count_tables(n, m, radius)` tables.
+    about a hundred thousand pairs. `report` is called once for each of `count_tables(n, m, radius)` tables.
 
     The bits are cut into radius + k blocks, so two such codes are equal in at least k of them: a table for every choice
     of k blocks finds the pair among the codes that are equal there. A pair is reported by the first such table.
@@ -215,7 +215,7 @@ class _Table:
         return ((codes & self._mask) * np.uint64(0x9E3779B97F4A7C15)) >> self._shift
 
     def look_up(self, queries: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Pairs (place in queries, place in codes) of equal buckets, about a million at a time."""
+        """Pairs (place in queries, place in codes) of equal buckets, about a hundred thousand at a time."""
         for start in range(0, len(queries), _BATCH):
             buckets = self._hash(np.asarray(queries[start : start + _BATCH])).astype(np.int64)
             ends = self._ends[buckets]
@@ -369,8 +369,8 @@ def find_similar_texts(
             active = active[keys[active + step] == keys[active]]
             if not len(active):
                 break
-            for start in range(0, len(active), _BATCH // 16):
-                part = active[start : start + _BATCH // 16]
+            for start in range(0, len(active), _BATCH // 8):
+                part = active[start : start + _BATCH // 8]
                 first, second = places[order[part]], places[order[part + step]]
                 found = measure_similarity(texts, first, second)
                 good = found >= similarity - 1e-9
@@ -396,7 +396,7 @@ class Edges:
         distance = distance[other].astype(np.float32)
         self._parts.append((np.minimum(first, second), np.maximum(first, second), distance))
         self._waiting += len(first)
-        if self._waiting > 4 * _BATCH:
+        if self._waiting > 32 * _BATCH:
             self.collect()
 
     def collect(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -558,7 +558,7 @@ class _Task:
         return self.work / f"{self.row:012d}.{name}"
 
 
-_COLUMNS: dict[str, tuple[str, tuple[int, ...], tuple[int, ...]]] = {
+COLUMNS: dict[str, tuple[str, tuple[int, ...], tuple[int, ...]]] = {
     "key_hash": ("<u8", (), ()),
     "bytes": ("<u8", (2,), ()),
     "pixels": ("<u8", (2,), ()),
@@ -630,13 +630,14 @@ def _check_options(directory: Path, against: Sequence, kinds: Sequence[str], dis
 
 
 def _plan(work: Path, datasets: list[Manifest], kinds: tuple[str, ...], minhash_rows: int) -> list[_Task]:
-    """Ranges of a few thousand samples; the evaluation sets' first, the dataset's last."""
+    """Ranges of hundreds or thousands of samples; the evaluation sets' first, the dataset's last."""
     tasks, row = [], 0
+    chunk = min(_MAX_CHUNK, max(_MIN_CHUNK, datasets[-1].samples // 64))
     for number, manifest in enumerate(datasets):
         own = number == len(datasets) - 1
         texts = ("caption" in kinds and own, "caption" in kinds and len(datasets) > 1)
-        for start in range(0, manifest.samples, _CHUNK_SAMPLES):
-            stop = min(start + _CHUNK_SAMPLES, manifest.samples)
+        for start in range(0, manifest.samples, chunk):
+            stop = min(start + chunk, manifest.samples)
             tasks.append(_Task(manifest, start, stop, row, work, kinds, minhash_rows, *texts))
             row += stop - start
     return tasks
@@ -655,7 +656,7 @@ def _prepare_work(work: Path, tasks: list[_Task]) -> None:
     _empty(work)
     write_json_atomic(state, {"identity": ""})
     total = tasks[-1].row + tasks[-1].stop - tasks[-1].start
-    for name, (kind, before, behind) in _COLUMNS.items():
+    for name, (kind, before, behind) in COLUMNS.items():
         np.lib.format.open_memmap(work / f"{name}.npy", "w+", kind, (*before, total, *behind))
     write_json_atomic(state, {"identity": identity})
 
@@ -685,7 +686,7 @@ def _hash_samples(tasks: list[_Task], processes: int) -> int:
 def _hash_range(task: _Task, report: Report) -> None:
     """Read a range of samples and write its part of the columns, the mark that they are complete last."""
     count = task.stop - task.start
-    columns = {name: np.zeros((*before, count, *behind), kind) for name, (kind, before, behind) in _COLUMNS.items()}
+    columns = {name: np.zeros((*before, count, *behind), kind) for name, (kind, before, behind) in COLUMNS.items()}
     keys, shards, captions, undecoded = [], [], [], 0
     decodes = "pixels" in task.kinds or "near" in task.kinds
     with closing(ShardReader(task.manifest, max_open_shards=4)) as reader:
@@ -704,7 +705,7 @@ def _hash_range(task: _Task, report: Report) -> None:
                 report(place % _REPORT_EVERY + 1, 0)
     for variant, frequencies in enumerate(transform_variants(columns["light"])):
         columns["codes"][variant] = hash_frequencies(frequencies)
-    for name, (_, before, _) in _COLUMNS.items():
+    for name, (_, before, _) in COLUMNS.items():
         whole = np.load(task.work / f"{name}.npy", mmap_mode="r+")
         whole[(*(np.s_[:],) * len(before), np.s_[task.row : task.row + count])] = columns[name]
         whole.flush()
@@ -789,7 +790,7 @@ def _compare(
     if "pixels" in kinds:
         relations.append(Relation("pixels", group_equal(_load(work, "pixels")[:], empty=0)))
     if "near" in kinds:
-        relations.append(_relate_pictures(work, distance))
+        relations.append(relate_pictures(work, distance))
     matches = match_against(relations, evaluation) if against else Matches.none(total)
     if "caption" in kinds:
         if against:
@@ -821,7 +822,7 @@ def _check_keys(work: Path, tasks: list[_Task], evaluation: int) -> None:
                 )
 
 
-def _relate_pictures(work: Path, radius: int) -> Relation:
+def relate_pictures(work: Path, radius: int) -> Relation:
     """Pictures of one hash and likeness are a class; classes are joined by hashes of the whole and of cuts."""
     codes, light, colour = (_load(work, name) for name in ("codes", "light", "colour"))
     decoded = np.flatnonzero(_load(work, "decoded"))

@@ -17,10 +17,10 @@ import argparse
 import io
 import itertools
 import random
-import resource
 import sys
 import tempfile
 import time
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -169,7 +169,7 @@ def report(ways: dict[str, str], rows: dict[int, dict[str, str]]) -> None:
 def measure_index(samples: int, distance: int) -> None:
     with tempfile.TemporaryDirectory(prefix="dedup-benchmark-") as root:
         copies = draw_columns(Path(root), samples)
-        before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        tracemalloc.start()
         started_s = time.monotonic()
         classes = group_equal(np.load(Path(root, "codes.npy"), mmap_mode="r")[:2], empty=0)
         exact_s = time.monotonic() - started_s
@@ -178,11 +178,14 @@ def measure_index(samples: int, distance: int) -> None:
         matches = Matches.none(samples)
         choose_leaders([Relation("bytes", classes), near], matches)
         total_s = time.monotonic() - started_s
-        peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
         found = int((matches.leader[-copies:] >= 0).sum())
     print(f"{samples} hashes, distance {distance}: {found} of {copies} copies found, {len(near.edges[0])} edges")
     print(f"  equal ones {exact_s:.1f} s, near ones {near_s:.1f} s, all {total_s:.1f} s")
-    print(f"  memory at most {(peak_kib - before_kib) * 1024 / samples:.0f} bytes a sample")
+    print(
+        f"  memory at most {peak_bytes / samples:.0f} bytes a sample, and pages of mapped files, which the system may drop"
+    )
     texts, copies = draw_texts(samples)
     started_s = time.monotonic()
     shingles = shingle_texts(texts)

@@ -12,7 +12,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m data_tools", description="Make and look at shards of image-text pairs."
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_add_scenes, _add_build, _add_finish, _add_retry, _add_info):
+    for add in (_add_scenes, _add_build, _add_finish, _add_retry, _add_info, _add_dedup, _add_tokenizer):
         add(commands)
     options = vars(parser.parse_args(arguments))
     return run_command(options.pop("run"), **options)
@@ -154,6 +154,76 @@ def _add_info(commands: argparse._SubParsersAction) -> None:
     command.set_defaults(run=_info)
 
 
+def _add_dedup(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "dedup",
+        help="find duplicate pictures and captions, and samples of evaluation sets",
+        description="Find samples that are duplicates of one another (or of evaluation sets), and write them to a "
+        "parquet file, one row a sample. Nothing is deleted: a view leaves them out.",
+        epilog="example: python -m data_tools dedup train --against coco-test --out dups.parquet && "
+        'python -m data_tools view train train-clean --where "keep is not false" --join dups.parquet',
+    )
+    command.add_argument("directory", metavar="DIR", help="a finished build, or a view of one")
+    command.add_argument(
+        "--against",
+        nargs="+",
+        default=[],
+        metavar="EVALSET",
+        help="also mark samples of DIR that are in these datasets",
+    )
+    command.add_argument("--out", metavar="FILE", help="parquet file to write (default: DIR.duplicates.parquet)")
+    command.add_argument(
+        "--kinds",
+        nargs="+",
+        choices=("bytes", "pixels", "near", "caption"),
+        default=["bytes", "pixels", "near", "caption"],
+        metavar="KIND",
+        help="what to look for: bytes, pixels, near, caption (default: all; without pixels and near, no picture is "
+        "decoded)",
+    )
+    command.add_argument(
+        "--distance",
+        type=int,
+        default=6,
+        metavar="N",
+        help="near: bits of 64 in which the hashes of two pictures may differ, 0 to 12 (default: %(default)s)",
+    )
+    command.add_argument(
+        "--caption-similarity",
+        type=float,
+        default=0.8,
+        metavar="X",
+        help="caption: the share of pairs of words that two texts must have in common (default: %(default)s)",
+    )
+    command.add_argument("--processes", type=int, metavar="N", help="worker processes (default: one a processor)")
+    command.add_argument("--json", action="store_true", dest="as_json", help="print the counts as JSON")
+    command.set_defaults(run=_dedup)
+
+
+def _add_tokenizer(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "tokenizer",
+        help="train a tokeniser on the captions",
+        description="Train a tokeniser on all captions of a dataset, in any language, and save it as a folder that "
+        "transformers' AutoTokenizer loads. The same captions make the same files.",
+        epilog="example: python -m data_tools tokenizer train tokenizer-20k --vocab-size 20000",
+    )
+    command.add_argument("directory", metavar="DIR", help="a finished build, or a view of one")
+    command.add_argument("out", metavar="OUT", help="folder to write: new or empty")
+    command.add_argument("--vocab-size", type=int, required=True, metavar="N", help="entries, special tokens included")
+    command.add_argument(
+        "--kind",
+        choices=("wordpiece", "bpe"),
+        default="wordpiece",
+        help="as BERT's or RoBERTa's (default: %(default)s)",
+    )
+    command.add_argument(
+        "--lowercase", action=argparse.BooleanOptionalAction, default=True, help="lower all letters (default: yes)"
+    )
+    command.add_argument("--json", action="store_true", dest="as_json", help="print the facts as JSON")
+    command.set_defaults(run=_tokenizer)
+
+
 def _add_work_options(command: argparse._ActionsContainer) -> None:
     command.add_argument("--processes", type=int, metavar="N", help="worker processes (default: one a processor)")
     command.add_argument(
@@ -247,6 +317,18 @@ def _info(directory: str) -> None:
     from data_tools.info import print_info
 
     print_info(directory)
+
+
+def _dedup(**options) -> None:
+    from data_tools.dedup import print_duplicates
+
+    print_duplicates(**options)
+
+
+def _tokenizer(**options) -> None:
+    from data_tools.tokenizer import print_tokenizer
+
+    print_tokenizer(**options)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,9 @@ import json
 import os
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterable
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,30 +21,34 @@ import pyarrow.parquet
 
 from data_tools.errors import UserError
 from data_tools.files import (
-    TEMPORARY_SUFFIX,
     format_bytes,
     format_counts,
     hash_file,
     lock_folder,
-    write_atomic,
     write_json_atomic,
+)
+from data_tools.folder import (
+    add_counts,
+    count,
+    identify,
+    is_finished,
+    load_finished_shard,
+    load_state,
+    name_shards,
+    prepare_folder,
+    remove_run,
+    select_info,
+    write_sidecar,
 )
 from data_tools.image import PictureError, prepare_picture, read_picture
 from data_tools.shards import (
-    INDEX_SUFFIX,
-    MANIFEST_NAME,
-    SIZES_NAME,
     Manifest,
-    ShardInfo,
     ShardWriter,
-    check_shard_files,
     write_shard,
 )
 from data_tools.sources import Row, read_rows
 from data_tools.workers import Report, choose_processes, open_progress_bar, run_tasks
 
-STATE_NAME = "build.json"
-STATE_FORMAT = 1
 SIDECAR_SCHEMA = pyarrow.schema(
     [
         ("key", pyarrow.string()),
@@ -136,18 +139,20 @@ def build_shards(
     }
     out.mkdir(parents=True, exist_ok=True)
     with lock_folder(out):
-        state = _load_state(out)
+        state = load_state(out)
         if state is not None and restart:
-            _remove_build(out, state)
+            remove_run(out, state)
             state = None
-        if state is not None and _is_finished(out, state, options, image_root):
+        root = str(image_root.resolve())
+        versions = {"pillow": PIL.__version__}
+        if state is not None and is_finished(out, state, {**options, "image_root": root}, versions):
             manifest = Manifest.load(out)
             print(f"{out}: this build is finished already, with {manifest.samples} samples")
             return manifest
         samples = _choose_samples(input, _group_rows(read_rows(input, image_column, caption_column)), keep, seed)
         _look_up_pictures(image_root, samples)
-        tasks = _plan_shards(out, _identify(options), image_root, resize, samples_per_shard, samples)
-        _prepare_folder(out, [task.stem for task in tasks], state is None, options, image_root)
+        tasks = _plan_shards(out, identify(options), image_root, resize, samples_per_shard, samples)
+        prepare_folder(out, [task.stem for task in tasks], state, options, image_root=root, **versions)
         return _build(out, tasks, options, processes)
 
 
@@ -206,10 +211,6 @@ def _look_up_pictures(image_root: Path, samples: list[_Sample]) -> None:
         )
 
 
-def _identify(options: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:16]
-
-
 def _plan_shards(
     out: Path, build: str, image_root: Path, resize: int, samples_per_shard: int, samples: list[_Sample]
 ) -> list[_ShardTask]:
@@ -217,91 +218,11 @@ def _plan_shards(
     starts = range(0, len(samples), samples_per_shard)
     digits = max(4, len(str(samples_per_shard - 1)))
     tasks = []
-    for start, stem in zip(starts, _name_shards(len(starts)), strict=True):
+    for start, stem in zip(starts, name_shards(len(starts)), strict=True):
         part = samples[start : start + samples_per_shard]
         keys = [f"{stem}{place:0{digits}d}" for place in range(len(part))]
         tasks.append(_ShardTask(out, stem, build, image_root, resize, part, keys))
     return tasks
-
-
-def _name_shards(count: int) -> list[str]:
-    digits = max(5, len(str(count - 1)))
-    return [f"{number:0{digits}d}" for number in range(count)]
-
-
-# What the folder holds
-
-
-def _load_state(out: Path) -> dict[str, Any] | None:
-    """What build.json says, or None for a folder without a build. Raises UserError for a folder of other things."""
-    path = out / STATE_NAME
-    if path.exists():
-        try:
-            state = json.loads(path.read_bytes())
-            if state["format"] == STATE_FORMAT and isinstance(state["shards"], int) and state["options"]:
-                return state
-        except (ValueError, KeyError, TypeError):
-            pass
-        raise UserError(f"{path}: not the state of a build that this version knows. Give another folder")
-    foreign = [name for name in os.listdir(out) if not name.endswith(TEMPORARY_SUFFIX)]
-    if foreign:
-        raise UserError(f"{out}: holds files but no build (such as {min(foreign)}). Give an empty or a new folder")
-    return None
-
-
-def _is_finished(out: Path, state: dict[str, Any], options: dict[str, Any], image_root: Path) -> bool:
-    """Whether this very build is complete. Raises UserError when the folder holds another one."""
-    wanted = {**options, "image_root": str(image_root.resolve())}
-    found = {**state["options"], "image_root": state["image_root"]}
-    finished = (out / MANIFEST_NAME).exists()
-    if not finished:  # what is there was made by one version of the decoder and encoder: do not mix
-        wanted["pillow"], found["pillow"] = PIL.__version__, state["pillow"]
-    differences = [f"{key} {found.get(key)}, not {wanted[key]}" for key in wanted if found.get(key) != wanted[key]]
-    if differences:
-        raise UserError(
-            f"{out}: holds a build with {'; '.join(differences)}. Give the same, another folder, or --restart to "
-            "remove it and begin anew"
-        )
-    return finished
-
-
-def _list_own_files(stems: list[str]) -> set[str]:
-    """The names that a build of these shards may write."""
-    suffixes = (".tar", ".tar" + INDEX_SUFFIX, ".parquet", "_stats.json")
-    return {MANIFEST_NAME, SIZES_NAME, STATE_NAME, *(stem + suffix for stem in stems for suffix in suffixes)}
-
-
-def _remove_build(out: Path, state: dict[str, Any]) -> None:
-    """Remove the files of the build that build.json tells of, and no others; build.json itself goes last."""
-    own = _list_own_files(_name_shards(state["shards"]))
-    for name in sorted(own, key=lambda name: (name != MANIFEST_NAME, name == STATE_NAME)):
-        (out / name).unlink(missing_ok=True)
-    _remove_leftovers(out, own)
-
-
-def _remove_leftovers(out: Path, own: set[str]) -> None:
-    """Remove the temporary files that a killed run has left."""
-    for name in os.listdir(out):
-        if name.endswith(TEMPORARY_SUFFIX) and name.removesuffix(TEMPORARY_SUFFIX).rpartition(".")[0] in own:
-            (out / name).unlink()
-
-
-def _prepare_folder(out: Path, stems: list[str], new: bool, options: dict[str, Any], image_root: Path) -> None:
-    """Check that no foreign tars lie where readers would take them for shards, clean up, and write build.json."""
-    own = _list_own_files(stems)
-    foreign = [name for name in os.listdir(out) if name.endswith(".tar") and name not in own]
-    if foreign:
-        raise UserError(f"{out}: holds tars of another build (such as {min(foreign)}). Move them, or give a new folder")
-    _remove_leftovers(out, own)
-    if new:
-        state = {
-            "format": STATE_FORMAT,
-            "shards": len(stems),
-            "image_root": str(image_root.resolve()),
-            "pillow": PIL.__version__,
-            "options": options,
-        }
-        write_json_atomic(out / STATE_NAME, state)
 
 
 # Building
@@ -309,7 +230,7 @@ def _prepare_folder(out: Path, stems: list[str], new: bool, options: dict[str, A
 
 def _build(out: Path, tasks: list[_ShardTask], options: dict[str, Any], processes: int) -> Manifest:
     """Make the shards that are not there yet, then the manifest, and print what came of it."""
-    shards = [_load_finished_shard(task) for task in tasks]
+    shards = [load_finished_shard(task.out, task.stem, task.build) for task in tasks]
     waiting = [number for number, statistics in enumerate(shards) if statistics is None]
     samples = sum(len(tasks[number].samples) for number in waiting)
     if len(waiting) < len(tasks):
@@ -322,10 +243,9 @@ def _build(out: Path, tasks: list[_ShardTask], options: dict[str, Any], processe
                 shards[waiting[place]] = statistics
     elapsed_s = time.monotonic() - started_s
     failures, refusals = (
-        sum((Counter(statistics[part]) for statistics in shards), Counter())
-        for part in ("failures_by_reason", "refused_captions")
+        add_counts(statistics[part] for statistics in shards) for part in ("failures_by_reason", "refused_captions")
     )
-    infos = [_select_info(statistics) for statistics in shards]
+    infos = [select_info(statistics) for statistics in shards]
     captions = sum(statistics["captions"] for statistics in shards)
     build, options = tasks[0].build, {**options, "pillow": PIL.__version__}
     manifest = Manifest.of_shards(out, infos, build, failures.total(), captions, options)
@@ -346,21 +266,6 @@ def _build(out: Path, tasks: list[_ShardTask], options: dict[str, Any], processe
     return Manifest.load(out)
 
 
-def _load_finished_shard(task: _ShardTask) -> dict[str, Any] | None:
-    """The statistics of a shard whose files are all there, else None."""
-    try:
-        statistics = json.loads((task.out / f"{task.stem}_stats.json").read_bytes())
-        check_shard_files(task.out, _select_info(statistics))
-    except (FileNotFoundError, ValueError, KeyError, UserError):
-        return None
-    complete = statistics["build"] == task.build and (task.out / f"{task.stem}.parquet").exists()
-    return statistics if complete else None
-
-
-def _select_info(statistics: dict[str, Any]) -> ShardInfo:
-    return ShardInfo(**{part.name: statistics[part.name] for part in fields(ShardInfo)})
-
-
 def _build_shard(task: _ShardTask, report: Report) -> dict[str, Any]:
     """Write one shard's tar, index, sidecar and, last, its statistics; return the statistics."""
     tar = task.out / f"{task.stem}.tar"
@@ -375,17 +280,15 @@ def _build_shard(task: _ShardTask, report: Report) -> dict[str, Any]:
                 row |= {"status": "failure", "error": str(error), "reason": error.reason}
             rows.append(row)
             report(1, int("reason" in row))
-    sidecar = pyarrow.BufferOutputStream()
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, SIDECAR_SCHEMA), sidecar, compression="zstd")
-    write_atomic(tar.with_suffix(".parquet"), sidecar.getvalue().to_pybytes())
+    write_sidecar(tar.with_suffix(".parquet"), rows, SIDECAR_SCHEMA)
     made = [row for row in rows if row["status"] == "success"]
     statistics = {
         **asdict(writer.info),
         "build": task.build,
         "failures": len(rows) - len(made),
         "captions": sum(len(row["captions"]) for row in made),
-        "failures_by_reason": _count(row["reason"] for row in rows if "reason" in row),
-        "refused_captions": _count(refusal for sample in task.samples for refusal in sample.refusals),
+        "failures_by_reason": count(row["reason"] for row in rows if "reason" in row),
+        "refused_captions": count(refusal for sample in task.samples for refusal in sample.refusals),
     }
     write_json_atomic(task.out / f"{task.stem}_stats.json", statistics)
     return statistics
@@ -411,7 +314,3 @@ def _add_sample(writer: ShardWriter, key: str, sample: _Sample, task: _ShardTask
     }
     offset, size = writer.add(key, fields)
     return {**facts, "offset": offset, "size": size}
-
-
-def _count(reasons: Iterable[str]) -> dict[str, int]:
-    return dict(sorted(Counter(reasons).items()))

@@ -107,7 +107,10 @@ def hide_faces(data: bytes, finder: FaceFinder | None, boxes: list[Box]) -> tupl
             if image.width * image.height > MAX_PIXELS:
                 raise FaceError(f"{image.width} x {image.height} pixels, at most {MAX_PIXELS} are decoded")
             image.load()
-            kind, upright = image.format, ImageOps.exif_transpose(image)
+            kind = "JPEG" if image.format == "MPO" else image.format
+            if image.mode.startswith("I"):  # 16 bits of grey: convert() would clip them to 255 instead of scaling
+                image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
+            upright = ImageOps.exif_transpose(image)
     except (FaceError, MemoryError):
         raise
     except Exception as error:  # Pillow's decoders answer to damaged files with almost any exception
@@ -135,9 +138,8 @@ def hide_faces(data: bytes, finder: FaceFinder | None, boxes: list[Box]) -> tupl
 
 def _hide(image: Image.Image, boxes: list[Box]) -> Image.Image:
     """A copy of the picture in a mode that has no palette, with every box and its margins made unrecognisable."""
-    mode = (
-        image.mode if image.mode in ("L", "RGB", "RGBA", "CMYK") else "RGBA" if image.has_transparency_data else "RGB"
-    )
+    kept = image.mode if image.mode in ("L", "RGB", "CMYK") else "RGB"
+    mode = "RGBA" if image.has_transparency_data else kept
     pixels = np.array(image.convert(mode))
     for box in boxes:
         left, right = box.x - MARGIN_SIDE * box.width, box.x + (1 + MARGIN_SIDE) * box.width

@@ -27,6 +27,7 @@ _MAX_PIXELS = 89_000_000
 _CAPTIONS_SHOWN = 5
 _CHARACTERS_SHOWN = 400
 _BINS = 24
+_WIDEST_BAR = 40
 
 _STYLE = """
 :root { color-scheme: light dark; --ground: #fff; --card: #f4f5f7; --ink: #1c2024; --soft: #5b6470; --line: #d9dde3;
@@ -42,7 +43,7 @@ h1 { font-size: 1.4rem; margin: 0 0 .2rem; overflow-wrap: anywhere; } h2 { font-
 .facts { display: flex; flex-wrap: wrap; gap: .4rem 2rem; margin: 1rem 0; padding: 0; }
 .facts div { display: flex; flex-direction: column-reverse; } .facts dd { margin: 0; font-size: 1.25rem; font-weight: 600; }
 .facts dt { color: var(--soft); font-size: .8rem; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 19rem), 1fr)); gap: 1rem; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 16rem), 1fr)); gap: 1rem; }
 figure { margin: 0; padding: .8rem; background: var(--card); border-radius: 8px; }
 figcaption { font-size: .85rem; margin-bottom: .4rem; } svg { display: block; width: 100%; height: auto; }
 svg rect { fill: var(--bar); } svg line { stroke: var(--line); } svg text { fill: var(--soft); font: 11px system-ui, sans-serif; }
@@ -139,10 +140,10 @@ def _render_sample(sample: RawSample) -> str:
     lines = [html.escape(caption) for caption in shown]
     text = f"<p>{lines[0]}</p>" if len(lines) == 1 else f"<ul>{''.join(f'<li>{line}</li>' for line in lines)}</ul>"
     picture, size = _render_picture(sample)
-    source = f" · {html.escape(_shorten(facts['source']))}" if isinstance(facts.get("source"), str) else ""
+    source = f"<br>{html.escape(_shorten(facts['source']))}" if isinstance(facts.get("source"), str) else ""
     return (
         f'<div class="sample"><div class="picture">{picture}</div><div class="words" dir="auto">{text}'
-        f'<p class="soft print" dir="ltr">{html.escape(sample.key)} · {size}{source}</p></div></div>\n'
+        f'<p class="soft print" dir="ltr">{html.escape(sample.key)} · {size.replace(" ", "&nbsp;")}{source}</p></div></div>\n'
     )
 
 
@@ -226,19 +227,24 @@ def _render_histogram(
         heights[place] += number
     width, height, base = 360, 130, 108
     left, room = 4, 352
-    most, slot = max(heights.values()), room / len(bins)
+    most, slot = max(heights.values()), min(_WIDEST_BAR, room / len(bins))
+    left += (room - slot * len(bins)) / 2  # few bars stand in the middle
+    room = slot * len(bins)
+    open_end = max(counts) >= bins[-1][1]
     bars = "".join(
         f'<rect x="{left + place * slot:.1f}" y="{base - 96 * heights[place] / most:.1f}" '
         f'width="{max(1.0, slot - 1.5):.1f}" height="{96 * heights[place] / most:.1f}">'
-        f"<title>{_name_bin(bins, place, show)}: {heights[place]:,}</title></rect>"
+        f"<title>{_name_bin(bins, place, show, open_end)}: {heights[place]:,}</title></rect>"
         for place in range(len(bins))
         if heights[place]
     )
     labels = []
-    for place in sorted({0, len(bins) // 2, len(bins) - 1}):
+    for place in sorted({0, len(bins) // 2 if len(bins) >= 5 else 0, len(bins) - 1}):
         anchor = "start" if place == 0 and len(bins) > 1 else "end" if place == len(bins) - 1 and place else "middle"
         x = left if anchor == "start" else left + room if anchor == "end" else left + (place + 0.5) * slot
-        labels.append(f'<text x="{x:.1f}" y="{base + 16}" text-anchor="{anchor}">{_name_bin(bins, place, show)}</text>')
+        labels.append(
+            f'<text x="{x:.1f}" y="{base + 16}" text-anchor="{anchor}">{_name_bin(bins, place, show, open_end)}</text>'
+        )
     median = show(find_quantile(counts, 0.5))
     summary = (
         f"min {show(min(counts))}, median {median}, p95 {show(find_quantile(counts, 0.95))}, max {show(max(counts))}"
@@ -246,13 +252,15 @@ def _render_histogram(
     return (
         f'<figure><figcaption>{title}<br><span class="soft">{summary}</span></figcaption>'
         f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{title}: {summary}">{bars}'
-        f'<line x1="{left}" y1="{base}" x2="{left + room}" y2="{base}"/>{"".join(labels)}</svg></figure>'
+        f'<line x1="{left:.1f}" y1="{base}" x2="{left + room:.1f}" y2="{base}"/>{"".join(labels)}</svg></figure>'
     )
 
 
-def _name_bin(bins: list[tuple[float, float]], place: int, show: Callable[[Any], str]) -> str:
-    """Whole numbers by their first and last, ratios by their middle; the last even bin has no upper end."""
+def _name_bin(bins: list[tuple[float, float]], place: int, show: Callable[[Any], str], open_end: bool) -> str:
+    """Whole numbers by their first and last, ratios by their middle; "24+" for a last bin that takes what is above."""
     start, end = bins[place]
+    if open_end and place == len(bins) - 1 and not isinstance(start, float):
+        return f"{show(start)}+"
     if isinstance(start, float):
         return show(math.sqrt(start * end))
     return show(start) if end - start == 1 else f"{show(start)} to {show(end - 1)}"

@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import re
+import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -52,6 +53,7 @@ _SHA256 = re.compile(r"[0-9A-Fa-f]{64}")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://\S*")
 _NOT_TEXT = frozenset({"key", "source", "sha256", "status"})
 """Entries that say which sample it is, by which it is found again: never masked, and left out for a removed sample."""
+_PROSE = frozenset({"caption", "captions", "error"})
 
 _IDENTIFIERS = ("key", "source", "url", "sha256")
 _BOX_COLUMNS = ("key", "x", "y", "width", "height")
@@ -169,6 +171,12 @@ def _check_boxes(path: Path) -> Path:
         raise UserError(
             f"{path}: no column '{missing[0]}'. Needed: {', '.join(_BOX_COLUMNS)}; found: {', '.join(schema.names)}"
         )
+    for name in _BOX_COLUMNS:
+        kind = schema.field(name).type
+        text = pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
+        number = pyarrow.types.is_integer(kind) or pyarrow.types.is_floating(kind)
+        if not (text if name == "key" else number):
+            raise UserError(f"{path}: column '{name}' holds {kind}. Valid: keys as strings, and numbers of pixels")
     return path
 
 
@@ -264,6 +272,8 @@ def _check_boxes_met(rules: _Rules, met: int) -> None:
     given = pyarrow.parquet.read_metadata(rules.boxes).num_rows
     if met == 0:
         raise UserError(f"{rules.boxes}: none of its {given} keys is in {rules.directory}. Give this dataset's boxes")
+    if met < given:
+        print(f"warning: {rules.boxes}: {given - met} of {given} boxes have keys of other samples", file=sys.stderr)
 
 
 def _print_report(manifest: Manifest, text: str, as_json: bool) -> None:
@@ -310,6 +320,7 @@ def _clean_shard(rules: _Rules, info: ShardInfo, report: Report) -> dict[str, An
                         f"{rules.directory / info.name}: sample {place - 1} has the key {sample.key}, its sidecar says "
                         f"{row['key']}. Restore both from a copy"
                     )
+                _check_picture(rules.directory / info.name, row, sample)
             row, fields = cleaner.clean(row, sample)
             if fields is not None:
                 row["offset"], row["size"] = writer.add(row["key"], fields)
@@ -322,7 +333,7 @@ def _clean_shard(rules: _Rules, info: ShardInfo, report: Report) -> dict[str, An
         **asdict(writer.info),
         "build": rules.build,
         "failures": len(cleaned) - len(made),
-        "captions": sum(len(row["captions"]) for row in made),
+        "captions": sum(len(row["captions"] or ()) for row in made),
         "failures_by_reason": count(row["error"].partition(": ")[0] for row in cleaned if row["status"] != "success"),
         "masked": dict(sorted(cleaner.masked.items())),
         "dropped": dict(sorted(cleaner.dropped.items())),
@@ -345,6 +356,13 @@ def _check_sidecar(source: Manifest, info: ShardInfo, schema: pyarrow.Schema, ro
         raise UserError(
             f"{source.directory}/{Path(info.name).stem}.parquet: {found}. `{COMMAND}` takes a folder that `build` wrote"
         )
+
+
+def _check_picture(path: Path, row: dict[str, Any], sample: RawSample) -> None:
+    """Damage that was copied would get a good checksum in the new folder: stop at it."""
+    pictures = [data for name, data in sample.fields.items() if name in PICTURES]
+    if row["sha256"] and row["sha256"] not in (hashlib.sha256(data).hexdigest() for data in pictures):
+        raise ShardError(f"{path}: key {row['key']}: not the picture that its sidecar lists. Restore it from a copy")
 
 
 class _one_thread:
@@ -393,14 +411,15 @@ class _Cleaner:
             self.dropped.update(kinds.keys())
             names = ", ".join(KINDS[kind] for kind in KINDS if kind in kinds)
             return self._fail(row, f"dropped: {names}"), None
-        self.masked += kinds
         if sample is None:
+            self.masked += kinds
             return masked, None
         if self._rules.faces == "blur":
             try:
                 masked, fields = self._hide_faces(masked, fields)
             except FaceError as error:
                 return self._fail(masked, f"picture not looked at: {error}"), None
+        self.masked += kinds
         return masked, fields
 
     def _fail(self, row: dict[str, Any], error: str) -> dict[str, Any]:
@@ -432,7 +451,7 @@ class _Cleaner:
             return row, fields, Counter()
         masked, in_row = dict(row), Counter()
         for name in self._texts(row):
-            masked[name], found = _mask_value(row[name])
+            masked[name], found = _mask_value(row[name], name in _PROSE)
             # `caption` is the first of `captions`, and both tell of one text
             in_row += Counter() if name == "caption" and row.get("captions") else found
         kinds = in_row
@@ -459,10 +478,13 @@ class _Cleaner:
         return row, fields
 
 
-def _mask_value(value: Any) -> tuple[Any, Counter[str]]:
-    """Mask the texts in a value of a sidecar or of JSON, however deep; whole URLs, whole numbers and ids are kept."""
+def _mask_value(value: Any, prose: bool = False) -> tuple[Any, Counter[str]]:
+    """Mask the texts in a value of a sidecar or of JSON, however deep.
+
+    Of what is not `prose`, a text that is all URL or all digits is a name or a number to find something by: it is kept.
+    """
     counts: Counter[str] = Counter()
-    if isinstance(value, str):
+    if isinstance(value, str) and not prose:
         if _URL.fullmatch(value) or value.isdigit():
             return value, counts
         if value[:1] in ("{", "["):
@@ -473,12 +495,13 @@ def _mask_value(value: Any) -> tuple[Any, Counter[str]]:
             if isinstance(inside, (dict, list)):
                 inside, counts = _mask_value(inside)
                 return (json.dumps(inside, ensure_ascii=False) if counts else value), counts
+    if isinstance(value, str):
         return mask_personal_data(value)
     if isinstance(value, list):
-        pairs = [_mask_value(entry) for entry in value]
+        pairs = [_mask_value(entry, prose) for entry in value]
         return [entry for entry, _ in pairs], add_counts(found for _, found in pairs)
     if isinstance(value, dict):
-        pairs = [(name, *_mask_value(entry)) for name, entry in value.items()]
+        pairs = [(name, *_mask_value(entry, prose)) for name, entry in value.items()]
         return {name: entry for name, entry, _ in pairs}, add_counts(found for _, _, found in pairs)
     return value, counts
 
@@ -488,8 +511,10 @@ def _mask_member(extension: str, data: bytes) -> tuple[bytes, Counter[str]]:
     if extension == "json":
         content = _read_json(data)
         if content is not None:
-            texts = {name: value for name, value in content.items() if name not in _NOT_TEXT}
-            masked, counts = _mask_value(texts)
+            masked, counts = {}, Counter()
+            for name in content.keys() - _NOT_TEXT:
+                masked[name], found = _mask_value(content[name], name in _PROSE)
+                counts += Counter() if name == "caption" and content.get("captions") else found
             return (json.dumps({**content, **masked}, ensure_ascii=False).encode() if counts else data), counts
     try:
         text = data.decode()

@@ -334,6 +334,6 @@ def test_info_fits_a_terminal(tmp_path, write_table, capsys):
     assert all(len(line) <= 80 for line in lines[1:])
     text = "\n".join(lines)
     assert "captions     7 (images with so many captions: 2: 2, 3: 1)" in text
-    assert "height px    min 64, median 65, max 66" in text
+    assert "height px    min 64, median 65, p95 66, max 66" in text
     assert "failures     1 (missing picture 1)" in text
     assert "  caption 0 one" in lines

@@ -12,7 +12,17 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m data_tools", description="Make and look at shards of image-text pairs."
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_add_scenes, _add_build, _add_finish, _add_retry, _add_info, _add_dedup, _add_tokenizer):
+    for add in (
+        _add_scenes,
+        _add_build,
+        _add_finish,
+        _add_retry,
+        _add_info,
+        _add_dedup,
+        _add_tokenizer,
+        _add_preview,
+        _add_privacy,
+    ):
         add(commands)
     options = vars(parser.parse_args(arguments))
     return run_command(options.pop("run"), **options)
@@ -148,9 +158,12 @@ def _add_info(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
         "info",
         help="print what a shard folder holds",
-        description="Print counts, picture sizes, failures by reason, examples and the fingerprint of a build.",
+        description="Print counts, picture sizes, caption lengths, scripts, failures by reason, examples and the "
+        "fingerprint of a build.",
+        epilog="example: python -m data_tools info shards/ --json",
     )
     command.add_argument("directory", metavar="DIR", help="folder that `build` wrote")
+    command.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
     command.set_defaults(run=_info)
 
 
@@ -222,6 +235,63 @@ def _add_tokenizer(commands: argparse._SubParsersAction) -> None:
     )
     command.add_argument("--json", action="store_true", dest="as_json", help="print the facts as JSON")
     command.set_defaults(run=_tokenizer)
+
+
+def _add_preview(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "preview",
+        help="write a page with sample pictures, captions and histograms of a shard folder",
+        description="Write one HTML file that needs no other: thumbnails with captions of samples drawn by seed, "
+        "histograms of sizes, shapes and caption lengths, and failures by reason. It holds no scripts.",
+        epilog="example: python -m data_tools preview shards/ shards.html --count 48",
+    )
+    command.add_argument("directory", metavar="DIR", help="folder that `build` wrote")
+    command.add_argument("out", metavar="OUT.html", help="file to write")
+    command.add_argument("--count", type=int, default=60, metavar="N", help="samples to show (default: %(default)s)")
+    command.add_argument("--seed", type=int, default=0, help="other seeds draw other samples (default: %(default)s)")
+    command.set_defaults(run=_preview)
+
+
+def _add_privacy(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "privacy",
+        help="copy a shard folder without personal data: captions masked, faces blurred, opt-outs removed",
+        description="Write a shard folder anew, shard for shard, without personal data. Captions: e-mail and IP "
+        "addresses, phone and card numbers and social handles are found by their shape; names and street addresses "
+        "are not. Faces: OpenCV's Haar cascades find upright frontal and side faces; they miss small, tilted, covered "
+        "and dark ones, and blur some things that are no faces. Where faces must be gone, find them with a stronger "
+        "detector and give its --boxes. A run that was interrupted goes on when the same command is run again.",
+        epilog="example: python -m data_tools privacy shards/ clean/ --remove opt-outs.txt",
+    )
+    command.add_argument("directory", metavar="DIR", help="folder that `build` wrote; it is not changed")
+    command.add_argument("out", metavar="OUT", help="folder to write: new, empty, or with an unfinished run")
+    command.add_argument(
+        "--captions",
+        choices=("mask", "drop", "keep"),
+        default="mask",
+        help="put [email], [phone], ... in their place, drop such samples, or leave captions (default: %(default)s)",
+    )
+    command.add_argument(
+        "--faces",
+        choices=("blur", "keep"),
+        default="blur",
+        help="hide faces for good, with margins; only changed pictures are encoded again (default: %(default)s)",
+    )
+    command.add_argument(
+        "--boxes",
+        metavar="FILE.parquet",
+        help="hide these instead of what OpenCV finds: key, x, y, width, height in pixels of the stored picture",
+    )
+    command.add_argument(
+        "--remove",
+        nargs="+",
+        action="extend",
+        metavar="FILE",
+        help="lists of what has to go: one key, source, URL or SHA-256 of a stored picture a line",
+    )
+    command.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
+    _add_work_options(command)
+    command.set_defaults(run=_privacy)
 
 
 def _add_work_options(command: argparse._ActionsContainer) -> None:
@@ -313,10 +383,22 @@ def _retry(out: str, processes: int | None, **options) -> None:
     retry_failures(out, processes, **_take_fetch_options(options))
 
 
-def _info(directory: str) -> None:
+def _info(**options) -> None:
     from data_tools.info import print_info
 
-    print_info(directory)
+    print_info(**options)
+
+
+def _preview(**options) -> None:
+    from data_tools.preview import write_preview
+
+    write_preview(**options)
+
+
+def _privacy(**options) -> None:
+    from data_tools.privacy import clean_dataset
+
+    clean_dataset(**options)
 
 
 def _dedup(**options) -> None:

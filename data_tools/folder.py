@@ -7,7 +7,7 @@ that the shard is complete; manifest.json, written last of all, says that the ru
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -181,6 +181,13 @@ def write_sidecar(out: Folder, shard: str, rows: list[dict[str, Any]], schema: "
     sidecar = pyarrow.BufferOutputStream()
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), sidecar, compression="zstd")
     out.write(sidecar_name(shard), sidecar.getvalue().to_pybytes())
+
+
+def read_sidecar_rows(manifest: Manifest, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The rows of all shards' sidecars in order, a shard at a time: of samples that count, and of failures. A column that
+    a sidecar does not have is None. Raises UserError for a sidecar that is missing or cannot be read."""
+    for number in range(len(manifest.shards)):
+        yield from manifest.read_sidecar(number, columns, failures=True, missing_ok=True).to_pylist()
 
 
 def select_info(statistics: Mapping[str, Any]) -> ShardInfo:

@@ -140,11 +140,12 @@ class Manifest:
         return _parse_index(self.indexes, self.shards[number])
 
     def read_sidecar(
-        self, number: int, columns: Sequence[str] | None = None, failures: bool = False
+        self, number: int, columns: Sequence[str] | None = None, failures: bool = False, missing_ok: bool = False
     ) -> "pyarrow.Table":
         """The sidecar rows of shard `number`: those of samples that count, in order; with `failures`, also the build's.
 
-        Raises UserError when there is no sidecar, it lacks a column, or it is not of this tar.
+        Raises UserError when there is no sidecar, it lacks a column (unless `missing_ok`: it is then full of nulls), or it
+        is not of this tar.
         """
         import pyarrow
         import pyarrow.parquet
@@ -154,13 +155,14 @@ class Manifest:
         try:
             file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(self.indexes.read(name)))
             missing = [column for column in columns or () if column not in file.schema_arrow.names]
-            if missing:
+            if missing and not missing_ok:
                 raise UserError(
                     f"{self.indexes.locate(name)}: no column '{missing[0]}'. The columns are: "
                     f"{', '.join(file.schema_arrow.names)}"
                 )
-            wanted = None if columns is None else [*dict.fromkeys(["status", *columns])]
-            table = file.read(columns=wanted)
+            table = file.read(columns=None if columns is None else [*dict.fromkeys(["status", *columns])])
+            for column in missing:
+                table = table.append_column(column, pyarrow.nulls(len(table)))
         except FileNotFoundError:
             raise UserError(
                 f"{self.indexes.locate(name)}: no such sidecar. Make it with `python -m data_tools index --sidecars`, "

@@ -38,7 +38,9 @@ def read_rows(out: Path) -> list[dict]:
 
 def test_a_build_holds_the_table(tmp_path, write_table):
     table, images = write_table(10)
-    manifest = build_shards(table, tmp_path / "out", images, samples_per_shard=4, images=ImagePolicy(resize=32), processes=1)
+    manifest = build_shards(
+        table, tmp_path / "out", images, samples_per_shard=4, images=ImagePolicy(resize=32), processes=1
+    )
     assert (manifest.samples, manifest.captions, manifest.failures) == (10, 20, 0)
     assert [shard.samples for shard in manifest.shards] == [4, 4, 2]
     samples = read_samples(tmp_path / "out")
@@ -335,6 +337,6 @@ def test_info_fits_a_terminal(tmp_path, write_table, capsys):
     assert all(len(line) <= 80 for line in lines[1:])
     text = "\n".join(lines)
     assert "captions     7 (images with so many captions: 2: 2, 3: 1)" in text
-    assert "height px    min 64, median 65, max 66" in text
+    assert "height px    min 64, median 65, p95 66, max 66" in text
     assert "failures     1 (missing picture 1)" in text
     assert "  caption 0 one" in lines

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from data_tools.build import build_shards
+from data_tools.info import print_info
+from data_tools.preview import write_preview
+from data_tools.privacy import clean_dataset
 from data_tools.scenes import draw_scenes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,14 +33,24 @@ def test_no_tool_imports_torch_or_the_upper_floors():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout == "[]\n"
 
 
-@pytest.mark.parametrize(("command", "function"), [("build", build_shards), ("scenes", draw_scenes)])
+@pytest.mark.parametrize(
+    ("command", "function"),
+    [
+        ("build", build_shards),
+        ("scenes", draw_scenes),
+        ("info", print_info),
+        ("preview", write_preview),
+        ("privacy", clean_dataset),
+    ],
+)
 def test_a_command_has_its_functions_options_and_defaults(command, function, monkeypatch):
     """Same names, same defaults: a call from Python and a command line without options do the same."""
     from data_tools import __main__ as program
 
     taken = {}
     monkeypatch.setattr(program, f"_{command}", lambda **options: taken.update(options))
-    arguments = {"build": ["INPUT", "OUT", "--image-root", "ROOT"], "scenes": ["OUT"]}[command]
+    needed = {"build": ["INPUT", "OUT", "--image-root", "ROOT"], "scenes": ["OUT"], "info": ["DIR"]}
+    arguments = needed.get(command, ["DIR", "OUT"])
     assert program.main([command, *arguments]) == 0
     parameters = inspect.signature(function).parameters
     assert taken.keys() == parameters.keys()

@@ -47,6 +47,7 @@ from data_tools.dedup import (
     sign_texts,
 )
 from data_tools.errors import UserError, run_command
+from data_tools.image import ImagePolicy
 from data_tools.shards import Manifest
 
 DISTANCES = (0, 2, 4, 6, 8, 10, 12)
@@ -107,7 +108,13 @@ def measure_pictures(folder: Path, planted: int, others: int, resize: int, proce
         raise UserError(f"{folder}: {len(names)} pictures. Give a folder with more than --planted {planted}")
     with tempfile.TemporaryDirectory(prefix="dedup-benchmark-") as root:
         ways = plant(folder, names, planted, Path(root))
-        build_shards(Path(root, "all.tsv"), Path(root, "shards"), Path(root), resize=resize, processes=processes)
+        build_shards(
+            Path(root, "all.tsv"),
+            Path(root, "shards"),
+            Path(root),
+            images=ImagePolicy(resize=resize),
+            processes=processes,
+        )
         print(f"{len(names)} pictures of {folder}, {planted} copies")
         rows = {distance: find(Path(root, "shards"), distance, processes) for distance in DISTANCES}
         report(ways, rows)

@@ -91,7 +91,7 @@ def _add_build(commands: argparse._SubParsersAction) -> None:
     images.add_argument("--quality", type=int, default=90, help="of jpg and webp, 1 to 100 (default: %(default)s)")
     images.add_argument("--min-size", type=int, default=0, metavar="PX", help="refuse a shorter side below PX")
     images.add_argument("--max-pixels", type=int, metavar="N", help="refuse more pixels (default: 89 million)")
-    images.add_argument("--max-aspect", type=float, default=0, metavar="R", help="refuse longer over shorter above R")
+    images.add_argument("--max-aspect", type=float, default=0.0, metavar="R", help="refuse longer over shorter above R")
     captions = command.add_argument_group("captions")
     captions.add_argument("--fix-text", action="store_true", help="mend broken Unicode, HTML entities and white space")
     captions.add_argument("--min-words", type=int, default=0, metavar="N", help="refuse captions of fewer words")

@@ -171,9 +171,13 @@ def build_shards(
             return manifest
         build = identify(options)
         place = stack.enter_context(_plan_place(folder))
-        plan = load_or_make_plan(source, place, build, samples_per_shard, seed, keep)
-        if not source.embedded:
-            _look_up_pictures(fetch.image_root, plan)
+        try:
+            plan = load_or_make_plan(source, place, build, samples_per_shard, seed, keep)
+            if not source.embedded:
+                _look_up_pictures(fetch.image_root, plan)
+        except UserError:
+            _remove_plan(folder)
+            raise
         columns = {name: str(kind) for name, kind in source.extra_columns().items()}
         embedded = source if source.embedded else None
         recipe = _Recipe(folder, build, embedded, fetch, images, captions, samples_per_shard, columns)

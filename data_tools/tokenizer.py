@@ -25,7 +25,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from data_tools.dedup import read_captions
 from data_tools.errors import UserError
 from data_tools.files import TEMPORARY_SUFFIX, sync_folder, write_atomic, write_json_atomic
-from data_tools.shards import Manifest, ShardReader
+from data_tools.shards import Manifest, ShardReader, sidecar_name
 
 MIN_FREQUENCY = 2
 """How often a pair of pieces must occur, at least, to become a piece of its own."""
@@ -81,34 +81,15 @@ def train_tokenizer(
 
 
 def iterate_captions(manifest: Manifest) -> Iterator[str]:
-    """All captions of a dataset in its order, from the sidecars; from the tars where a sidecar is missing.
-
-    A sidecar is also passed over when it does not have as many good rows as the manifest counts samples: then only some
-    of them are chosen, and the reader knows which.
-    """
-    import pyarrow.compute
-    import pyarrow.parquet
-
+    """All captions of a dataset in its order, from the sidecars; from the tars where a sidecar is missing."""
     with closing(ShardReader(manifest)) as reader:
-        start = 0
-        for shard in manifest.shards:
-            path = manifest.directory / f"{Path(shard.name).stem}.parquet"
-            if path.exists() and _count_successes(path) == shard.samples:
-                with pyarrow.parquet.ParquetFile(path) as file:
-                    for batch in file.iter_batches(columns=["status", "captions"]):
-                        good = batch.filter(pyarrow.compute.equal(batch["status"], "success"))
-                        yield from pyarrow.compute.list_flatten(good["captions"]).to_pylist()
+        for number, shard in enumerate(manifest.shards):
+            if manifest.indexes.size(sidecar_name(shard.name)) is not None:
+                for row in manifest.read_sidecar(number, ["captions", "caption"], missing_ok=True).to_pylist():
+                    yield from row["captions"] or [row["caption"]]
             else:
-                for index in range(start, start + shard.samples):
-                    yield from read_captions(reader.read(index))
-            start += shard.samples
-
-
-def _count_successes(path: Path) -> int:
-    import pyarrow.parquet
-
-    status = pyarrow.parquet.read_table(path, columns=["status"])["status"]
-    return sum(1 for value in status.to_pylist() if value == "success")
+                for place in manifest.places(number).tolist():
+                    yield from read_captions(reader.read_place(number, place))
 
 
 def describe_tokenizer(out: str | Path, facts: dict[str, Any]) -> str:

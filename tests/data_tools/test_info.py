@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_tools.build import SIDECAR_SCHEMA, build_shards
+from data_tools.build import SIDECAR_FIELDS, build_shards
 from data_tools.errors import UserError
 from data_tools.info import find_quantile, gather_facts, name_script, print_info
 from data_tools.shards import Manifest, write_shard
@@ -102,10 +102,10 @@ def test_memory_does_not_grow_with_the_shards(tmp_path):
                 }
                 for place in range(1100)
             ]
-            table = pyarrow.Table.from_pylist(rows, SIDECAR_SCHEMA)
+            table = pyarrow.Table.from_pylist(rows, pyarrow.schema(SIDECAR_FIELDS))
             pyarrow.parquet.write_table(table, folder / f"{number:05d}.parquet")
-            with write_shard(folder / f"{number:05d}.tar") as writer:
-                for row in rows[:1]:
+            with write_shard(folder, f"{number:05d}.tar") as writer:
+                for row in rows:
                     writer.add(row["key"], {"txt": b"x"})
             infos.append(writer.info)
         manifest = Manifest.of_shards(folder, infos)
@@ -126,5 +126,5 @@ def test_a_missing_or_broken_sidecar_is_one_clear_line(tmp_path, write_table):
     with pytest.raises(UserError, match="00000.parquet: not readable"):
         print_info(tmp_path / "out")
     (tmp_path / "out" / "00000.parquet").unlink()
-    with pytest.raises(UserError, match="00000.parquet: this sidecar is missing"):
+    with pytest.raises(UserError, match="00000.parquet: no such sidecar"):
         print_info(tmp_path / "out")

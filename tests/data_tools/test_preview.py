@@ -94,13 +94,12 @@ def test_a_broken_picture_and_a_broken_json_are_shown_as_such(tmp_path):
     folder.mkdir()
     import pyarrow.parquet
 
-    from data_tools.build import SIDECAR_SCHEMA
-
-    with write_shard(folder / "00000.tar") as writer:
+    with write_shard(folder, "00000.tar") as writer:
         writer.add("a", {"jpg": b"not a picture", "txt": b"bad <b>bytes</b> \xff", "json": b"[" * 100_000})
         writer.add("b", {"txt": b"alone", "json": json.dumps({"captions": [1, None], "source": 5}).encode()})
         writer.add("c", {"json": b"{}"})
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([], SIDECAR_SCHEMA), folder / "00000.parquet")
+    rows = [{"key": key, "status": "success"} for key in "abc"]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "00000.parquet")
     Manifest.of_shards(folder, [writer.info]).write()
     write_preview(folder, tmp_path / "page.html")
     text = "".join(Page((tmp_path / "page.html").read_text()).text)

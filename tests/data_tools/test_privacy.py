@@ -148,7 +148,7 @@ def test_opt_outs_are_gone_and_the_proof_does_not_name_them(dataset, tmp_path, r
 
 def test_extra_texts_are_masked_and_identifiers_are_not(dataset, tmp_path):
     """Columns that other inputs bring, in the sidecar and in json."""
-    from data_tools.files import hash_file
+    from data_tools.files import hash_file, open_folder
     from data_tools.folder import write_sidecar
     from data_tools.shards import ShardInfo, write_shard
 
@@ -168,7 +168,7 @@ def test_extra_texts_are_masked_and_identifiers_are_not(dataset, tmp_path):
         schema = table.schema
         for name in extra:
             schema = schema.append(pyarrow.field(name, pyarrow.string()))
-        with write_shard(path) as writer:
+        with write_shard(path.parent, path.name) as writer:
             for row in rows:
                 if row["status"] == "success":
                     fields = samples[row["key"]]
@@ -176,7 +176,7 @@ def test_extra_texts_are_masked_and_identifiers_are_not(dataset, tmp_path):
                     row["offset"], row["size"] = writer.add(
                         row["key"], {**fields, "json": json.dumps(content).encode()}
                     )
-        write_sidecar(path.with_suffix(".parquet"), rows, schema)
+        write_sidecar(open_folder(path.parent), path.name, rows, schema)
         infos.append(writer.info)
     assert isinstance(infos[0], ShardInfo) and hash_file(dataset / infos[0].name) == infos[0].sha256
     Manifest.of_shards(dataset, infos, "x", manifest.failures, manifest.captions, {"made": "here"}).write()

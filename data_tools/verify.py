@@ -10,7 +10,8 @@ import hashlib
 import io
 import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -42,6 +43,7 @@ from data_tools.workers import Report, choose_processes, open_progress_bar, run_
 
 _CHUNK_BYTES = 4 * 2**20
 _PROBLEMS_SHOWN = 100
+_IN_JSON = ("key", "captions", "source", "width", "height", "original_width", "original_height", "sha256")
 _OF_THE_TAR = ("tar", "index")
 """Kinds of problems for which the samples of a shard cannot be used, as those of its sidecar and statistics can."""
 
@@ -456,11 +458,9 @@ def _check_tar(
                 differing[place] = (key, text)
         changed = bool(info.sha256) and digest.hexdigest() != info.sha256
         if changed and not task.foreign:
-            for place, data in _read_samples(file.read, offsets, size, None):
-                if place not in blamed and place not in differing and int(offsets[place + 1]) <= size:
-                    key, text = _compare_with_writer(rows[place] if rows else None, data)
-                    if text:
-                        blamed[place] = (key, text)
+            rest = set(range(len(offsets) - 1)) - blamed.keys() - differing.keys()
+            whole = ((place, data) for place, data in _read_samples(file.read, offsets, size, None) if place in rest)
+            blamed |= _compare_with_writer(rows, ((place, data) for place, data in whole if offsets[place + 1] <= size))
         end = int(offsets[-1]) if len(offsets) else 0
         has_end = end < size and file.read(end, size) == ARCHIVE_END
     except OSError as error:
@@ -585,43 +585,59 @@ def _compare_with_row(row: Mapping[str, Any], data: bytes, start: int, decode: b
     return ""
 
 
-def _compare_with_writer(row: Mapping[str, Any] | None, data: bytes) -> tuple[str | None, str]:
-    """The key of a sample of our own writer, whose headers and picture are right, and what is not as it wrote it."""
-    key = None
-    for member in walk_members(lambda one, other: data[one:other], len(data), is_part=True):
-        key, extension = split_name(member.name)
-        content = data[member.start : member.start + member.size]
-        if data[member.offset : member.end] != render_member(member.name, content):
-            part = (
-                "header"
-                if data[member.offset : member.start] != render_member(member.name, content)[:BLOCK_BYTES]
-                else ""
-            )
-            return key, f"the {part or 'padding'} of its {extension} has changed"
-        if row is None:
-            continue
-        if extension == "txt" and content != str(row.get("caption")).encode():
-            return key, "its txt is not the caption of the sidecar"
-        if extension == "json" and not _fits_row(content, row):
-            return key, "its json is not what the sidecar says"
-    return key, ""
+def _compare_with_writer(
+    rows: Sequence[Mapping[str, Any]] | None, samples: Iterable[tuple[int, bytes]]
+) -> dict[int, tuple[str | None, str]]:
+    """Which samples of our own writer, whose headers and pictures are right, are not as it wrote them: key and why.
+
+    What most samples say otherwise than their rows do is a way of the command that made them, and no damage.
+    """
+    changed: dict[int, tuple[str | None, str]] = {}
+    otherwise: dict[int, tuple[str | None, set[str]]] = {}
+    count = 0
+    for place, data in samples:
+        count += 1
+        key, names = None, set()
+        for member in walk_members(lambda one, other, data=data: data[one:other], len(data), is_part=True):
+            key, extension = split_name(member.name)
+            content = data[member.start : member.start + member.size]
+            written = render_member(member.name, content)
+            if data[member.offset : member.end] != written:
+                is_header = data[member.offset : member.start] != written[:BLOCK_BYTES]
+                changed[place] = (key, f"the {'header' if is_header else 'padding'} of its {extension} has changed")
+                break
+            if rows and extension == "txt" and content != str(rows[place].get("caption")).encode():
+                names.add("its txt is not the caption of the sidecar")
+            if rows and extension == "json":
+                names |= {
+                    f"its json is not what the sidecar says ({name})" for name in _compare_json(content, rows[place])
+                }
+        if names and place not in changed:
+            otherwise[place] = (key, names)
+    often = Counter(name for _, names in otherwise.values() for name in names)
+    usual = {name for name, times in often.items() if times > max(1, count // 2)}
+    for place, (key, names) in otherwise.items():
+        if names - usual:
+            changed[place] = (key, min(names - usual).partition(" (")[0])
+    return changed
 
 
-def _fits_row(content: bytes, row: Mapping[str, Any]) -> bool:
-    """Whether the json of a sample has our writer's form, and says of each thing what the sidecar's row says."""
+def _compare_json(content: bytes, row: Mapping[str, Any]) -> set[str]:
+    """The names for which the json of a sample does not say what the sidecar's row says; "form" where our writer would
+    have written it otherwise."""
     try:
         described = json.loads(content)
         forms = [json.dumps(described, ensure_ascii=plain).encode() for plain in (False, True)]
     except (ValueError, RecursionError):
-        return False
+        return {"form"}
     if content not in forms or not isinstance(described, dict):
-        return False
+        return {"form"}
+    differing = set()
     for name, value in described.items():
         columns = [column for column in (name, f"source_{name}") if column in row]
-        if not columns or not any(_is_same(value, row[column]) for column in columns):
-            return False
-    always = ("key", "captions", "source", "width", "height", "original_width", "original_height", "sha256")
-    return all(name in described for name in always if row.get(name) is not None)
+        if not any(_is_same(value, row[column]) for column in columns):
+            differing.add(name)
+    return differing | {name for name in _IN_JSON if row.get(name) is not None and name not in described}
 
 
 def _is_same(value: Any, other: Any) -> bool:

@@ -32,6 +32,7 @@ from data_tools.folder import (
     identify,
     is_finished,
     list_shard_files,
+    list_sidecar_fields,
     list_stems,
     load_finished_shards,
     load_state,
@@ -50,24 +51,6 @@ from data_tools.sources import Source, open_source
 from data_tools.workers import Report, choose_processes, open_progress_bar, run_tasks
 
 PLAN_NAME = "plan.tmp"
-SIDECAR_FIELDS = [
-    ("key", pyarrow.string()),
-    ("status", pyarrow.string()),
-    ("error", pyarrow.string()),
-    ("caption", pyarrow.string()),
-    ("captions", pyarrow.list_(pyarrow.string())),
-    ("width", pyarrow.int32()),
-    ("height", pyarrow.int32()),
-    ("original_width", pyarrow.int32()),
-    ("original_height", pyarrow.int32()),
-    ("sha256", pyarrow.string()),
-    ("offset", pyarrow.int64()),
-    ("size", pyarrow.int64()),
-    ("source", pyarrow.string()),
-]
-"""A row for each input sample. `sha256` is that of the stored picture, `offset` and `size` say where it is in the tar.
-The other columns of the input follow."""
-
 _LOOKED_UP_FIRST = 1000
 _ALIASES = {"double": "float64", "bool": "bool_"}  # names of types in pyarrow that are not those of their makers
 
@@ -88,7 +71,7 @@ class _Recipe:
     @property
     def schema(self) -> pyarrow.Schema:
         columns = [(name, getattr(pyarrow, _ALIASES.get(kind, kind))()) for name, kind in self.extra.items()]
-        return pyarrow.schema([*SIDECAR_FIELDS, *columns])
+        return pyarrow.schema([*list_sidecar_fields(), *columns])
 
 
 @dataclass(frozen=True)
@@ -425,11 +408,12 @@ def _build_shard(task: _ShardTask, report: Report) -> dict[str, Any]:
                 row |= {"status": "failure", "error": str(error), "reason": error.reason}
             rows.append(row)
             report(1, row.get("reason", ""), row.get("size", 0))
-    write_sidecar(recipe.out, name, rows, recipe.schema)
+    sidecar_sha256 = write_sidecar(recipe.out, name, rows, recipe.schema)
     made = [row for row in rows if row["status"] == "success"]
     statistics = {
         **asdict(writer.info),
         "build": recipe.build,
+        "sidecar_sha256": sidecar_sha256,
         "failures": len(rows) - len(made),
         "captions": sum(len(row["captions"]) for row in made),
         "failures_by_reason": count(row["reason"] for row in rows if "reason" in row),

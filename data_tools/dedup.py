@@ -39,7 +39,7 @@ from PIL import Image
 
 from data_tools.errors import UserError
 from data_tools.files import TEMPORARY_SUFFIX, lock_folder, open_atomic, write_json_atomic
-from data_tools.shards import Manifest, RawSample, ShardReader
+from data_tools.shards import Manifest, RawSample, ShardReader, find_captions
 from data_tools.workers import Report, choose_processes, open_progress_bar, run_tasks
 
 VERSION = 1
@@ -720,15 +720,11 @@ def _hash_range(task: _Task, report: Report) -> None:
 
 
 def read_captions(sample: RawSample) -> list[str]:
-    """The captions of a sample as it lies in its shard: those of its .json, else its .txt; [] when it has neither."""
+    """The captions of a sample; none where they are not text."""
     try:
-        captions = json.loads(sample.fields["json"])["captions"]
-        if isinstance(captions, list) and all(isinstance(caption, str) for caption in captions):
-            return captions
-    except (KeyError, ValueError, TypeError, RecursionError):
-        pass
-    text = sample.fields.get("txt")
-    return [] if text is None else [text.decode("utf-8", errors="replace")]
+        return find_captions(sample.fields)
+    except ValueError:
+        return []
 
 
 def _hash_picture(data: bytes, columns: dict[str, np.ndarray], place: int) -> bool:

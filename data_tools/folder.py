@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 from data_tools.errors import UserError
 from data_tools.files import TEMPORARY_SUFFIX, Folder, format_bytes
 from data_tools.shards import (
+    CHECKSUMS_NAME,
     INDEX_SUFFIX,
     MANIFEST_NAME,
     RETRY_NAME,
     SIZES_NAME,
+    STATE_NAME,
     Manifest,
     ShardInfo,
     check_shard_files,
@@ -27,7 +29,6 @@ from data_tools.shards import (
 if TYPE_CHECKING:
     import pyarrow
 
-STATE_NAME = "build.json"
 STATE_FORMAT = 1
 
 
@@ -143,7 +144,7 @@ def list_retried(out: Folder) -> list[str]:
 
 def _list_own_files(stems: Sequence[str]) -> set[str]:
     """The names that a run with these shards may write."""
-    return {MANIFEST_NAME, SIZES_NAME, STATE_NAME, RETRY_NAME, *list_shard_files(stems)}
+    return {MANIFEST_NAME, SIZES_NAME, CHECKSUMS_NAME, STATE_NAME, RETRY_NAME, *list_shard_files(stems)}
 
 
 def list_shard_files(stems: Sequence[str]) -> set[str]:
@@ -173,14 +174,46 @@ def _load_finished_shard(out: Folder, stem: str, build: str, sizes: Mapping[str,
     return statistics if statistics["build"] == build and sidecar_name(info.name) in sizes else None
 
 
-def write_sidecar(out: Folder, shard: str, rows: list[dict[str, Any]], schema: "pyarrow.Schema") -> None:
-    """Write the .parquet of a shard; entries of a row that the schema does not have are left out."""
+def list_sidecar_fields() -> "list[tuple[str, pyarrow.DataType]]":
+    """The columns that every sidecar of ours has; others of the input follow.
+
+    A row for each input sample. `sha256` is that of the stored picture, `offset` and `size` say where the sample is in
+    the tar.
+    """
+    import pyarrow
+
+    text, number, long = pyarrow.string(), pyarrow.int32(), pyarrow.int64()
+    types = {
+        "key": text,
+        "status": text,
+        "error": text,
+        "caption": text,
+        "captions": pyarrow.list_(text),
+        "width": number,
+        "height": number,
+        "original_width": number,
+        "original_height": number,
+        "sha256": text,
+        "offset": long,
+        "size": long,
+        "source": text,
+    }
+    return list(types.items())
+
+
+def write_sidecar(out: Folder, shard: str, rows: list[dict[str, Any]], schema: "pyarrow.Schema") -> str:
+    """Write the .parquet of a shard and return its SHA-256; entries of a row that the schema lacks are left out.
+
+    The statistics of the shard tell the hash, as `sidecar_sha256`, so that the manifest's writer need not read it again.
+    """
     import pyarrow
     import pyarrow.parquet
 
     sidecar = pyarrow.BufferOutputStream()
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), sidecar, compression="zstd")
-    out.write(sidecar_name(shard), sidecar.getvalue().to_pybytes())
+    content = sidecar.getvalue().to_pybytes()
+    out.write(sidecar_name(shard), content)
+    return hashlib.sha256(content).hexdigest()
 
 
 def read_sidecar_rows(manifest: Manifest, columns: Sequence[str]) -> Iterator[dict[str, Any]]:

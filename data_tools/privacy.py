@@ -334,11 +334,12 @@ def _clean_shard(rules: _Rules, number: int, report: Report) -> dict[str, Any]:
             cleaned.append(row)
             if sample is not None:
                 report(1, (row["error"] or "") if fields is None else "", row["size"] if fields is not None else 0)
-    write_sidecar(rules.out, name, cleaned, table.schema)
+    sidecar_sha256 = write_sidecar(rules.out, name, cleaned, table.schema)
     made = [row for row in cleaned if row["status"] == "success"]
     statistics = {
         **asdict(writer.info),
         "build": rules.build,
+        "sidecar_sha256": sidecar_sha256,
         "failures": len(cleaned) - len(made),
         "captions": sum(len(row["captions"] or ()) for row in made),
         "failures_by_reason": count(row["error"].partition(": ")[0] for row in cleaned if row["status"] != "success"),

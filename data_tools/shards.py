@@ -5,6 +5,7 @@
     00000.parquet     one row for each input sample, failures included
     00000_stats.json  counts and hashes of the shard; written after its other files, so it says that they are complete
     sizes.json        {"00000.tar": samples, ...}, as open_clip reads it
+    checksums.json    SHA-256 of the other small files, for `verify`: the sidecars, statistics, sizes.json, manifest.json
     manifest.json     the list of shards with their hashes; written last, so it says that the build is complete
 
 A folder whose manifest.json has a `tars` entry holds indexes of tars that lie elsewhere. One with a `view` entry selects
@@ -24,15 +25,15 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
 from data_tools.errors import UserError
-from data_tools.files import Folder, open_folder
-from data_tools.tar import ARCHIVE_END, TarError, parse_members, render_member, split_name
+from data_tools.files import Folder, open_folder, render_json
+from data_tools.tar import ARCHIVE_END, TarError, is_sample_file, parse_members, render_member, split_name
 
 if TYPE_CHECKING:
     import pyarrow
@@ -42,13 +43,17 @@ MANIFEST_NAME = "manifest.json"
 SIZES_NAME = "sizes.json"
 SELECTION_NAME = "selection.bin"
 QUARANTINE_NAME = "quarantine.json"
+CHECKSUMS_NAME = "checksums.json"
+STATE_NAME = "build.json"
 RETRY_NAME = "retry.json"
 """Written while `retry` adds shards: {"shards": [their tars]}. They are not of the dataset until it has finished."""
 INDEX_SUFFIX = ".idx"
 
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_-]+\.tar")
 _KEY = re.compile(r"[A-Za-z0-9_-]+")
-_EXTENSION = re.compile(r"[a-z0-9]+")
+_EXTENSION = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*")
+
+PICTURE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 
 
 class ShardError(UserError):
@@ -113,6 +118,9 @@ class Manifest:
     tars: Folder = field(compare=False)  # where the tars are
     indexes: Folder = field(compare=False)  # where their indexes and sidecars are
     selection: Selection | None = field(default=None, compare=False)
+    prefix_keys: bool = field(
+        default=False, compare=False
+    )  # whether keys are unique with the tar's stem before them only
 
     @cached_property
     def fingerprint(self) -> str:
@@ -135,6 +143,10 @@ class Manifest:
         samples = self.shards[number].samples
         return np.arange(samples) if self.selection is None else np.flatnonzero(self.selection.mask(number, samples))
 
+    def name_key(self, number: int, key: str) -> str:
+        """The key in this dataset of a sample that has `key` in the tar of shard `number`."""
+        return f"{self.shards[number].name.removesuffix('.tar')}_{key}" if self.prefix_keys else key
+
     def load_index(self, number: int) -> np.ndarray:
         """The offsets of all samples of shard `number` and its end, uint64 [samples + 1], in bytes. Raises ShardError."""
         return _parse_index(self.indexes, self.shards[number])
@@ -152,33 +164,61 @@ class Manifest:
 
         shard = self.shards[number]
         name = sidecar_name(shard.name)
+        folder = self.tars if self.indexes.size(name) is None else self.indexes  # others keep theirs beside the tars
         try:
-            file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(self.indexes.read(name)))
-            missing = [column for column in columns or () if column not in file.schema_arrow.names]
-            if missing and not missing_ok:
+            file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(folder.read(name)))
+            there = set(file.schema_arrow.names)
+            made_up = {"captions"} if "captions" not in there and "caption" in there else set()
+            missing = [column for column in ("status", *(columns or ())) if column not in there | made_up]
+            if missing and (not missing_ok or "status" in missing):
                 raise UserError(
-                    f"{self.indexes.locate(name)}: no column '{missing[0]}'. The columns are: "
+                    f"{folder.locate(name)}: no column '{missing[0]}'. The columns are: "
                     f"{', '.join(file.schema_arrow.names)}"
                 )
-            table = file.read(columns=None if columns is None else [*dict.fromkeys(["status", *columns])])
+            wanted = None
+            if columns is not None:
+                wanted = ["caption" if column in made_up else column for column in ("status", *columns)]
+                wanted = [column for column in dict.fromkeys(wanted) if column not in missing]
+            table = file.read(columns=wanted)
             for column in missing:
                 table = table.append_column(column, pyarrow.nulls(len(table)))
         except FileNotFoundError:
+            if self._lies_in_quarantine(number):
+                return self._empty_sidecar(columns)
             raise UserError(
-                f"{self.indexes.locate(name)}: no such sidecar. Make it with `python -m data_tools index --sidecars`, "
+                f"{folder.locate(name)}: no such sidecar. Make it with `python -m data_tools index --sidecars`, "
                 "or restore it from a copy"
             ) from None
-        except pyarrow.ArrowException as error:
-            raise UserError(f"{self.indexes.locate(name)}: not readable as parquet: {error}. Restore it") from None
+        except (pyarrow.ArrowException, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # of the storage; pyarrow's own have no number
+            if self._lies_in_quarantine(number):
+                return self._empty_sidecar(columns)
+            raise UserError(f"{folder.locate(name)}: not readable as parquet: {error}. Restore it") from None
         made = np.array([status == "success" for status in table.column("status").to_pylist()], dtype=bool)
         if made.sum() != shard.samples:
+            if self._lies_in_quarantine(number):
+                return self._empty_sidecar(columns)
             raise UserError(
-                f"{self.indexes.locate(name)}: tells of {made.sum()} samples, the tar holds {shard.samples}. Restore it"
+                f"{folder.locate(name)}: tells of {made.sum()} samples, the tar holds {shard.samples}. Restore it"
             )
         keep = np.zeros(len(made), dtype=bool)
         keep[np.flatnonzero(made)[self.places(number)]] = True
         table = table.filter(pyarrow.array(keep | ~made if failures else keep))
+        if made_up and (columns is None or "captions" in columns):
+            captions = [None if caption is None else [caption] for caption in table.column("caption").to_pylist()]
+            table = table.append_column("captions", pyarrow.array(captions, pyarrow.list_(pyarrow.string())))
+        if self.prefix_keys and "key" in table.column_names:
+            keys = [self.name_key(number, key) for key in table.column("key").to_pylist()]
+            table = table.set_column(table.column_names.index("key"), "key", pyarrow.array(keys, pyarrow.string()))
         return table if columns is None else table.select(list(columns))
+
+    def _lies_in_quarantine(self, number: int) -> bool:
+        return bool(self.shards[number].samples) and self.counts[number] == 0 and self.samples > 0
+
+    def _empty_sidecar(self, columns: Sequence[str] | None) -> "pyarrow.Table":
+        """No rows, with the columns of a shard that counts."""
+        return self.read_sidecar(int(np.argmax(self.counts > 0)), columns).slice(0, 0)
 
     @classmethod
     def load(cls, place: str | Path | Folder) -> "Manifest":
@@ -220,8 +260,7 @@ class Manifest:
         return cls(*parts, tars=_resolve(folder, tars), indexes=folder)
 
     def write(self) -> None:
-        """Write sizes.json and then manifest.json into `directory`; the shards must be there already."""
-        self.directory.write_json(SIZES_NAME, {shard.name: shard.samples for shard in self.shards})
+        """Write sizes.json, checksums.json and then manifest.json into `directory`; the shards must be there already."""
         content = {
             "format": FORMAT,
             "build": self.build,
@@ -234,7 +273,15 @@ class Manifest:
         }
         if self.tars != self.directory:
             content["tars"] = _relate(self.tars, self.directory)
-        self.directory.write_json(MANIFEST_NAME, content)
+        sizes = render_json({shard.name: shard.samples for shard in self.shards})
+        manifest = render_json(content)
+        small_files = {SIZES_NAME: sizes, MANIFEST_NAME: manifest}
+        checksums = _hash_sidecars(self.directory, self.shards) | {
+            name: hashlib.sha256(content).hexdigest() for name, content in small_files.items()
+        }
+        self.directory.write(SIZES_NAME, sizes)
+        self.directory.write(CHECKSUMS_NAME, render_checksums(checksums))
+        self.directory.write(MANIFEST_NAME, manifest)
 
     def write_view(
         self, out: str | Path | Folder, selection: Selection, captions: int, options: dict[str, Any]
@@ -258,7 +305,36 @@ class Manifest:
             "captions": captions,
             "options": options,
         }
-        folder.write_json(MANIFEST_NAME, content)
+        manifest = render_json(content)
+        folder.write(CHECKSUMS_NAME, render_checksums({MANIFEST_NAME: hashlib.sha256(manifest).hexdigest()}))
+        folder.write(MANIFEST_NAME, manifest)
+
+
+def render_checksums(files: Mapping[str, str]) -> bytes:
+    """The content of checksums.json: SHA-256 by file name, and one over all that, so that its own damage is known."""
+    listed = dict(sorted(files.items()))
+    return render_json({"files": listed, "sha256": hashlib.sha256(render_json(listed)).hexdigest()})
+
+
+def _hash_sidecars(folder: Folder, shards: Sequence[ShardInfo]) -> dict[str, str]:
+    """SHA-256 of the sidecars and statistics that are there, and of build.json.
+
+    A sidecar is only read where the statistics beside it do not give its hash, as those of our own commands do.
+    """
+    names, hashes = set(folder.names()), {}
+    for shard in shards:
+        sidecar, statistics = sidecar_name(shard.name), statistics_name(shard.name)
+        known = None
+        if statistics in names:
+            content = folder.read(statistics)
+            hashes[statistics] = hashlib.sha256(content).hexdigest()
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                known = json.loads(content)["sidecar_sha256"]
+        if sidecar in names:
+            hashes[sidecar] = known or hashlib.sha256(folder.read(sidecar)).hexdigest()
+    if STATE_NAME in names:
+        hashes[STATE_NAME] = hashlib.sha256(folder.read(STATE_NAME)).hexdigest()
+    return hashes
 
 
 def _relate(target: Folder, start: Folder) -> str:
@@ -350,6 +426,7 @@ class _OpenShard:
 
     def __init__(self, manifest: Manifest, number: int) -> None:
         self._info = manifest.shards[number]
+        self._name_key = partial(manifest.name_key, number)
         self._path = manifest.tars.locate(self._info.name)
         self._offsets = manifest.load_index(number)
         self._places = None if manifest.selection is None else manifest.places(number)
@@ -369,12 +446,12 @@ class _OpenShard:
             members = parse_members(data)
         except TarError as error:
             raise ShardError(f"{where}: at byte {start + error.offset} {error.text}. {advice}") from None
-        names = {split_name(name): content for name, content in members.items()}
+        names = {split_name(name): content for name, content in members.items() if is_sample_file(name)}
         keys = {key for key, _ in names}
         if len(keys) != 1:
             raise ShardError(f"{where}: found the members of {len(keys)} keys, valid is one. {advice}")
         fields = {extension: content for (_, extension), content in names.items()}
-        return RawSample(keys.pop(), self._info.name, fields)
+        return RawSample(self._name_key(keys.pop()), self._info.name, fields)
 
 
 class ShardWriter:
@@ -433,6 +510,30 @@ def sidecar_name(shard: str) -> str:
     return shard.removesuffix(".tar") + ".parquet"
 
 
+def statistics_name(shard: str) -> str:
+    """00000.tar -> 00000_stats.json."""
+    return shard.removesuffix(".tar") + "_stats.json"
+
+
+def find_captions(fields: Mapping[str, bytes]) -> list[str]:
+    """All captions of a sample: `captions` (or `caption`) of its .json, else its .txt. Raises ValueError for bytes that
+    are not text."""
+    try:
+        content = json.loads(fields["json"]) if "json" in fields else None
+    except RecursionError:
+        raise ValueError("its json is nested too deeply") from None
+    captions = None
+    if isinstance(content, dict):
+        captions = content.get("captions")
+        if captions is None and isinstance(content.get("caption"), str):
+            captions = [content["caption"]]
+    if captions is None and "txt" in fields:
+        captions = [fields["txt"].decode("utf-8")]
+    if not isinstance(captions, list):
+        return []
+    return [caption for caption in captions if isinstance(caption, str) and caption.strip()]
+
+
 def _parse_index(folder: Folder, shard: ShardInfo) -> np.ndarray:
     """The shard's sample offsets and its end offset, uint64 [samples + 1], in bytes.
 
@@ -471,11 +572,14 @@ def _load_shards(folder: Folder, content: dict[str, Any]) -> Manifest:
         shards = tuple(ShardInfo(**shard) for shard in content["shards"])
         names = {key: content[key] for key in ("build", "samples", "failures", "captions", "bytes", "options")}
         tars = _resolve(folder, content.get("tars"))
-        manifest = Manifest(directory=folder, shards=shards, tars=tars, indexes=folder, **names)
+        foreign = names["options"].get("command") == "index"
+        prefix_keys = bool(names["options"].get("prefix_keys", False))
+        parts = {"directory": folder, "indexes": folder, "tars": tars, "prefix_keys": prefix_keys}
+        manifest = Manifest(shards=shards, **parts, **names)
         consistent = manifest.samples == sum(shard.samples for shard in shards)
-        consistent &= all(_SHARD_NAME.fullmatch(shard.name) or tars != folder for shard in shards)
+        consistent &= all(_SHARD_NAME.fullmatch(shard.name) or foreign for shard in shards)
         consistent &= not any("/" in shard.name or not shard.name.endswith(".tar") for shard in shards)
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, AttributeError):
         consistent = False
     if not consistent:
         where = folder.locate(MANIFEST_NAME)
@@ -492,8 +596,10 @@ def _load_shards(folder: Folder, content: dict[str, Any]) -> Manifest:
                 f"{folder}: holds tars that {MANIFEST_NAME} does not list (such as {min(unlisted)}, "
                 f"{len(unlisted)} in all). They belong to another build: move them elsewhere"
             )
+    quarantine = read_quarantine(folder)
     for shard in shards:
-        check_shard_files(manifest, shard, sizes, indexes)
+        if not shard.samples or len(quarantine.get(shard.name, ())) < shard.samples:
+            check_shard_files(manifest, shard, sizes, indexes)
     return manifest
 
 
@@ -538,27 +644,36 @@ def _load_view(folder: Folder, content: dict[str, Any]) -> Manifest:
     if hashlib.sha256(bits.tobytes()).hexdigest() != view["selection_sha256"] or len(bits) != starts[-1]:
         raise UserError(f"{folder.locate(SELECTION_NAME)}: not the selection that the view lists. Make the view again")
     parts = {"shards": source.shards, "bytes": source.bytes, "tars": source.tars, "indexes": source.indexes}
-    return Manifest(directory=folder, selection=selection, **parts, **names)
+    return Manifest(directory=folder, selection=selection, prefix_keys=source.prefix_keys, **parts, **names)
+
+
+def read_quarantine(folder: Folder) -> dict[str, dict[int, str]]:
+    """What quarantine.json says: for each shard, the places in its tar whose samples do not count, and why.
+
+    Raises UserError when it is not readable.
+    """
+    try:
+        entries = json.loads(folder.read(QUARANTINE_NAME))
+        return {name: {int(place): str(why) for place, why in places.items()} for name, places in entries.items()}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError, AttributeError):
+        raise UserError(
+            f"{folder.locate(QUARANTINE_NAME)}: not readable. Remove it, and run `python -m data_tools verify "
+            "--quarantine` again"
+        ) from None
 
 
 def _leave_out_quarantined(manifest: Manifest) -> Manifest:
     """The dataset without the samples that quarantine.json of its tars' manifest names."""
-    folder = manifest.indexes
-    if folder.size(QUARANTINE_NAME) is None:
+    entries = read_quarantine(manifest.indexes)
+    if not entries:
         return manifest
-    try:
-        entries = {
-            name: [int(place) for place in places] for name, places in json.loads(folder.read(QUARANTINE_NAME)).items()
-        }
-    except (ValueError, TypeError, AttributeError):
-        raise UserError(
-            f"{folder.locate(QUARANTINE_NAME)}: not readable. Run `python -m data_tools verify` again"
-        ) from None
     masks = []
     for number, shard in enumerate(manifest.shards):
         mask = np.zeros(shard.samples, dtype=bool)
         mask[manifest.places(number)] = True
-        mask[[place for place in entries.get(shard.name, ()) if place < shard.samples]] = False
+        mask[[place for place in entries.get(shard.name, ()) if 0 <= place < shard.samples]] = False
         masks.append(mask)
     selection = Selection.of_masks(masks)
     return replace(manifest, selection=selection, samples=int(selection.counts.sum()))

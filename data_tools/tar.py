@@ -6,7 +6,8 @@ blocks of zeros. What others write is read too: PAX and GNU headers, long names,
 Sources: POSIX.1-1988 (ustar), POSIX.1-2001 (pax), the GNU tar manual.
 """
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Generator
 from typing import NamedTuple
 
 BLOCK_BYTES = 512
@@ -19,6 +20,8 @@ _HEADER_AFTER_CHECKSUM = b"0" + bytes(100) + b"ustar\x0000" + bytes(32) + bytes(
 _EMPTY_CHECKSUM = b" " * 8
 _REGULAR, _PAX, _PAX_GLOBAL, _GNU_NAME, _GNU_LINK, _FOLDER = (b"0\0", b"x", b"g", b"L", b"K", b"5")
 _MAX_EXTENSION_BYTES = 2**20
+_OF_A_SAMPLE = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
+_OF_NO_SAMPLE = re.compile(r"__[^/]*__($|/)")
 
 
 class Member(NamedTuple):
@@ -58,11 +61,11 @@ def render_member(name: str, data: bytes) -> bytes:
     )
 
 
-def walk_members(read: Callable[[int, int], bytes], total: int, is_part: bool = False) -> Iterator[Member]:
+def walk_members(read: Callable[[int, int], bytes], total: int, is_part: bool = False) -> Generator[Member, None, int]:
     """The regular files of an archive of `total` bytes, in order; `read(start, end)` gives bytes of it.
 
     Only headers are read, and every one's checksum is verified. The walk ends at the archive's end blocks, which a part
-    of an archive must not have. Raises TarError for a damaged header, a link or a device, and for data that ends too
+    of an archive must not have, and returns where. Raises TarError for a damaged header, a link or a device, and for data that ends too
     early.
     """
     position, offset = 0, 0
@@ -70,7 +73,7 @@ def walk_members(read: Callable[[int, int], bytes], total: int, is_part: bool = 
     while position < total:
         header = read(position, position + BLOCK_BYTES)
         if header == bytes(BLOCK_BYTES) and not is_part:
-            return
+            return position
         kind, own_name, own_size = _parse_header(header, position)
         start = position + BLOCK_BYTES
         if kind in _REGULAR and size is not None:
@@ -83,7 +86,7 @@ def walk_members(read: Callable[[int, int], bytes], total: int, is_part: bool = 
                 raise TarError(f"an extension header of {own_size} bytes", position)
             data = read(start, start + own_size)
             if kind == _GNU_NAME:
-                name = data.rstrip(b"\0").decode("utf-8", "replace")
+                name = data.rstrip(b"\0").decode("utf-8", "backslashreplace")
             else:
                 records = _parse_pax(data, position)
                 name = records.get("path", name)
@@ -93,9 +96,12 @@ def walk_members(read: Callable[[int, int], bytes], total: int, is_part: bool = 
             name, size, offset = None, None, end
         elif kind == _FOLDER:
             name, size, offset = None, None, end
-        elif kind not in (_PAX_GLOBAL, _GNU_LINK):
+        elif kind == _PAX_GLOBAL:
+            offset = end if offset == position else offset  # of no member, as tarfile (and so Energon) has it
+        elif kind != _GNU_LINK:
             raise TarError(f"member {own_name!r} is not a regular file (kind {kind.decode('latin-1')!r})", position)
         position = end
+    return position
 
 
 def parse_members(data: bytes) -> dict[str, bytes]:
@@ -110,6 +116,11 @@ def parse_members(data: bytes) -> dict[str, bytes]:
             raise TarError(f"member {member.name} is there twice", member.offset)
         members[member.name] = data[member.start : member.start + member.size]
     return members
+
+
+def is_sample_file(name: str) -> bool:
+    """Whether webdataset and Energon count a file of this name to a sample: it has an extension, and is not __meta__."""
+    return _OF_A_SAMPLE.match(name) is not None and _OF_NO_SAMPLE.match(name) is None
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -130,9 +141,9 @@ def _parse_header(header: bytes, position: int) -> tuple[bytes, str, int]:
         raise TarError("the header is damaged: its size or checksum cannot be read", position) from None
     if stored != sum(header) - sum(header[148:156]) + sum(_EMPTY_CHECKSUM):
         raise TarError("the header is damaged: its checksum does not match", position)
-    name = header[:MAX_NAME_BYTES].partition(b"\0")[0].decode("utf-8", "replace")
+    name = header[:MAX_NAME_BYTES].partition(b"\0")[0].decode("utf-8", "backslashreplace")
     if header[257:263] == b"ustar\0" and header[345] != 0:
-        name = header[345:500].partition(b"\0")[0].decode("utf-8", "replace") + "/" + name
+        name = header[345:500].partition(b"\0")[0].decode("utf-8", "backslashreplace") + "/" + name
     if header[257:262] != b"ustar" or not name or size < 0:
         raise TarError(f"member {name!r} is not a regular USTAR file", position)
     return header[156:157], name, size
@@ -148,7 +159,7 @@ def _parse_pax(data: bytes, position: int) -> dict[str, str]:
         keyword, equals, value = data[place + len(digits) + 1 : place + int(digits) - 1].partition(b"=")
         if not equals:
             raise TarError("a PAX header is damaged", position)
-        records[keyword.decode("utf-8", "replace")] = value.decode("utf-8", "replace")
+        records[keyword.decode("utf-8", "backslashreplace")] = value.decode("utf-8", "backslashreplace")
         place += int(digits)
     return records
 

@@ -4,7 +4,6 @@ Threads decode ahead; they change when work is done, never what comes out. Shape
 """
 
 import hashlib
-import json
 import logging
 from collections import deque
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from data_tools.errors import UserError
-from data_tools.shards import Manifest, ShardError, ShardReader
+from data_tools.shards import PICTURE_EXTENSIONS, Manifest, ShardError, ShardReader, find_captions
 from pretrain.config import ConfigError, ConfigModel
 from pretrain.contract import Batch
 from pretrain.data.decode import BadSample, decode_image, train_crop
@@ -29,7 +28,6 @@ from pretrain.world import World
 
 log = logging.getLogger(__name__)
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MAX_BAD_IN_A_ROW = 100
 
 
@@ -64,17 +62,11 @@ class Sample:
 
 
 def read_captions(fields: dict[str, bytes]) -> list[str]:
-    """All captions of a sample: `captions` of its .json, else its .txt. Raises BadSample if there is none."""
+    """All captions of a sample, as its .json or .txt has them. Raises BadSample if there is none."""
     try:
-        described = json.loads(fields["json"]) if "json" in fields else {}
-        captions = described.get("captions") if isinstance(described, dict) else None
-        if captions is None and "txt" in fields:
-            captions = [fields["txt"].decode("utf-8")]
+        captions = find_captions(fields)
     except (ValueError, RecursionError) as error:
         raise BadSample(f"its caption is not readable: {error}") from None
-    if not isinstance(captions or [], list) or not all(isinstance(caption, str) for caption in captions or []):
-        raise BadSample("`captions` in its json is not a list of texts")
-    captions = [caption for caption in captions or [] if caption.strip()]
     if not captions:
         raise BadSample("it has no caption")
     return captions
@@ -82,7 +74,7 @@ def read_captions(fields: dict[str, bytes]) -> list[str]:
 
 def read_image(fields: dict[str, bytes]) -> np.ndarray:
     """[H,W,3] uint8. Raises BadSample if there is none, or it is not a whole picture."""
-    for extension in IMAGE_EXTENSIONS:
+    for extension in PICTURE_EXTENSIONS:
         if extension in fields:
             return decode_image(fields[extension])
     raise BadSample(f"no picture among its files: {', '.join(fields)}")

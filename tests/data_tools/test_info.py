@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_tools.build import SIDECAR_FIELDS, build_shards
+from data_tools.build import build_shards
 from data_tools.errors import UserError
+from data_tools.folder import list_sidecar_fields
 from data_tools.info import find_quantile, gather_facts, name_script, print_info
 from data_tools.shards import Manifest, write_shard
 
@@ -102,7 +103,7 @@ def test_memory_does_not_grow_with_the_shards(tmp_path):
                 }
                 for place in range(1100)
             ]
-            table = pyarrow.Table.from_pylist(rows, pyarrow.schema(SIDECAR_FIELDS))
+            table = pyarrow.Table.from_pylist(rows, pyarrow.schema(list_sidecar_fields()))
             pyarrow.parquet.write_table(table, folder / f"{number:05d}.parquet")
             with write_shard(folder, f"{number:05d}.tar") as writer:
                 for row in rows:

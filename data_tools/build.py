@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -25,15 +25,19 @@ import pyarrow
 from data_tools.captions import CaptionError, CaptionPolicy, clean_caption
 from data_tools.errors import UserError
 from data_tools.fetch import HEALABLE, FetchOptions, fetch_all
-from data_tools.files import Folder, format_counts, is_url, open_folder
+from data_tools.files import TEMPORARY_SUFFIX, Folder, format_counts, is_url, lock_folder, open_folder
 from data_tools.folder import (
     add_counts,
     count,
     identify,
     is_finished,
+    list_own_files,
+    list_retried,
     list_shard_files,
     list_sidecar_fields,
     list_stems,
+    load_added_shards,
+    load_finished_shard,
     load_finished_shards,
     load_state,
     name_shards,
@@ -149,9 +153,7 @@ def build_shards(
         before = load_state(folder)
         state = None if restart else before
         if state is not None and is_finished(folder, state, options | {"image_root": fetch.image_root}, versions()):
-            manifest = Manifest.load(folder)
-            print(f"{folder}: this build is finished already, with {manifest.samples} samples")
-            return manifest
+            return _tell_finished(folder)
         build = identify(options)
         place = stack.enter_context(_plan_place(folder))
         try:
@@ -170,7 +172,9 @@ def build_shards(
         facts = {"image_root": fetch.image_root, "columns": columns, "fetch": asdict(fetch), **versions()}
         if restart and before is not None:  # only now: input that cannot be used has been refused
             remove_run(folder, before)
-        prepare_folder(folder, stems, state, options, mine=[part.stem for part in tasks], **facts)
+        prepare_folder(folder, stems, state, options, shared=task is not None, **facts)
+        if task is not None:
+            _remove_own_leftovers(folder, tasks)
         started_s = time.monotonic()
         statistics, tried = _make_shards(tasks, processes)
         if task is not None:
@@ -190,9 +194,7 @@ def finish_build(out: str | Path) -> Manifest:
         if state is None:
             raise UserError(f"{folder}: holds no build. Give the OUT of the tasks")
         if folder.size(MANIFEST_NAME) is not None:
-            manifest = Manifest.load(folder)
-            print(f"{folder}: this build is finished already, with {manifest.samples} samples")
-            return manifest
+            return _tell_finished(folder)
         stems = list_stems(state)
         statistics = load_finished_shards(folder, stems, identify(state["options"]))
         missing = [stem for stem, found in zip(stems, statistics, strict=True) if found is None]
@@ -201,6 +203,7 @@ def finish_build(out: str | Path) -> Manifest:
                 f"{folder}: {len(missing)} of {len(stems)} shards are not there (such as {missing[0]}). Run the tasks "
                 "that make them, or the same build without --task"
             )
+        remove_leftovers(folder, list_own_files(stems))
         manifest = _finish(folder, statistics, state["options"])
     _remove_plan(folder)
     return manifest
@@ -218,53 +221,65 @@ def retry_failures(out: str | Path, processes: int | None = None, **fetch: Any) 
         if state is None:
             raise UserError(f"{folder}: holds no build.json, so what was asked for is not known. Build it again")
         samples = _list_healable(manifest, state["columns"])
+        size = state["options"]["samples_per_shard"]
+        cuts = range(0, len(samples), size)
+        stems = [shard.name.removesuffix(".tar") for shard in manifest.shards]
+        first = 1 + max(map(int, stems))  # not their number: of earlier retries some may have added nothing
+        added = name_shards(first + len(cuts))[first:]
+        begun = set(list_retried(folder)) - {*stems, *added}  # by a retry that was killed at its very end
+        for name in sorted(list_shard_files(sorted(begun))):
+            folder.remove(name)
+        remove_leftovers(folder, list_own_files([*stems, *added]))
         if not samples:
+            folder.remove(RETRY_NAME)
             print(f"{folder}: none of its {manifest.failures} failures is of a kind that can heal")
             return manifest
-        options = state["options"]
-        settings = FetchOptions(**{**_tuples(state["fetch"]), **fetch})
         recipe = _Recipe(
             folder,
-            f"{manifest.build}-{len(manifest.shards)}",
+            f"{manifest.build}-{first}",
             None,
-            settings,
-            ImagePolicy(**_pick(options, "images")),
-            CaptionPolicy(),  # the captions are clean already
-            options["samples_per_shard"],
+            FetchOptions(**{**_tuples(state["fetch"]), **fetch}),
+            ImagePolicy(**_pick(state["options"], "images")),
+            CaptionPolicy(max_chars=0),  # the captions are clean already
+            size,
             state["columns"],
         )
-        size = options["samples_per_shard"]
-        cuts = range(0, len(samples), size)
-        stems = name_shards(len(manifest.shards) + len(cuts))[len(manifest.shards) :]
         tasks = []
-        for start, stem in zip(cuts, stems, strict=True):
+        for start, stem in zip(cuts, added, strict=True):
             part = samples[start : start + size]
             tasks.append(_ShardTask(recipe, stem, Path(work) / f"{stem}.parquet", len(part)))
             write_samples(tasks[-1].rows, part)
-        folder.write_json(RETRY_NAME, {"shards": [f"{stem}.tar" for stem in stems]})
-        remove_leftovers(folder, list_shard_files(stems))
+        folder.write_json(RETRY_NAME, {"shards": [f"{stem}.tar" for stem in added]})
         statistics, _ = _make_shards(tasks, processes)
-        healed = [part for part in statistics if part["samples"]]
+        kept = [part for part in statistics if _tells_news(part)]
         for part in statistics:
-            if not part["samples"]:
-                for name in list_shard_files([part["name"].removesuffix(".tar")]):
+            if part not in kept:
+                for name in sorted(list_shard_files([part["name"].removesuffix(".tar")])):
                     folder.remove(name)
-        retried = [*manifest.options.get("retried", []), *(part["name"] for part in healed)]
-        gained = sum(part["samples"] for part in healed)
-        manifest = Manifest.of_shards(
-            folder,
-            [*manifest.shards, *map(select_info, healed)],
-            manifest.build,
-            manifest.failures - gained,
-            manifest.captions + sum(part["captions"] for part in healed),
-            {**manifest.options, "retried": retried},
-        )
-        manifest.write()
+        gained = sum(part["samples"] for part in kept)
+        if kept:
+            manifest = Manifest.of_shards(
+                folder,
+                [*manifest.shards, *map(select_info, kept)],
+                manifest.build,
+                manifest.failures - gained,
+                manifest.captions + sum(part["captions"] for part in kept),
+                {
+                    **manifest.options,
+                    "retried": [*manifest.options.get("retried", []), *(part["name"] for part in kept)],
+                },
+            )
+            manifest.write()
         folder.remove(RETRY_NAME)
     print(
-        f"{folder}: {gained} of {len(samples)} healed, in {len(healed)} added shards; {manifest.failures} failures are left"
+        f"{folder}: {gained} of {len(samples)} healed, in {len(kept)} added shards; {manifest.failures} failures are left"
     )
     return Manifest.load(folder)
+
+
+def _tells_news(statistics: dict[str, Any]) -> bool:
+    """Whether a retried shard has samples, or failures that need not be tried again."""
+    return bool(statistics["samples"] or statistics["failures_by_reason"].keys() - HEALABLE)
 
 
 # What is to be built
@@ -336,6 +351,22 @@ def _plan_place(folder: Folder) -> Iterator[Path]:
         yield Path(work)
 
 
+def _tell_finished(folder: Folder) -> Manifest:
+    manifest = Manifest.load(folder)
+    _remove_plan(folder)  # a process that was killed after it wrote the manifest has left it
+    print(f"{folder}: this build is finished already, with {manifest.samples} samples")
+    return manifest
+
+
+def _remove_own_leftovers(folder: Folder, tasks: list[_ShardTask]) -> None:
+    """Remove what killed processes have left of these shards, unless one is being made by another process now."""
+    left = {name.partition(".")[0].removesuffix("_stats") for name in folder.names() if name.endswith(TEMPORARY_SUFFIX)}
+    for task in tasks:
+        if task.stem in left:
+            with suppress(UserError), lock_folder(task.rows):
+                remove_leftovers(folder, list_shard_files([task.stem]))
+
+
 def _remove_plan(folder: Folder) -> None:
     if type(folder) is Folder:
         shutil.rmtree(folder.path / PLAN_NAME, ignore_errors=True)
@@ -363,15 +394,21 @@ def _make_shards(tasks: list[_ShardTask], processes: int) -> tuple[list[dict[str
 
 
 def _finish(folder: Folder, statistics: list[dict[str, Any]], options: dict[str, Any], rate: str = "") -> Manifest:
-    """Write the manifest, and print what came of the build."""
+    """Write the manifest, and print what came of the build.
+
+    Shards that `retry` added are there when a manifest was removed to have a damaged shard made again.
+    """
+    build = identify(options)
     failures = add_counts(part["failures_by_reason"] for part in statistics)
+    added = load_added_shards(folder, [part["name"].removesuffix(".tar") for part in statistics], build)
+    retried = {"retried": [part["name"] for part in added]} if added else {}
     manifest = Manifest.of_shards(
         folder,
-        [select_info(part) for part in statistics],
-        identify(options),
-        failures.total(),
-        sum(part["captions"] for part in statistics),
-        {**options, **versions()},
+        [select_info(part) for part in (*statistics, *added)],
+        build,
+        failures.total() - sum(part["samples"] for part in added),
+        sum(part["captions"] for part in (*statistics, *added)),
+        {**options, **versions(), **retried},
     )
     if manifest.samples == 0:
         raise UserError(
@@ -384,7 +421,16 @@ def _finish(folder: Folder, statistics: list[dict[str, Any]], options: dict[str,
 
 
 def _build_shard(task: _ShardTask, report: Report) -> dict[str, Any]:
-    """Write one shard's tar, index, sidecar and, last, its statistics; return the statistics."""
+    """Write one shard's tar, index, sidecar and, last, its statistics; return the statistics.
+
+    The lock is for processes that are to make the same shard at once: the same task twice, or a worker that has not
+    noticed yet that its parent was killed.
+    """
+    with lock_folder(task.rows, wait=True):
+        return load_finished_shard(task.recipe.out, task.stem, task.recipe.build) or _write_shard(task, report)
+
+
+def _write_shard(task: _ShardTask, report: Report) -> dict[str, Any]:
     recipe, name = task.recipe, f"{task.stem}.tar"
     digits = max(4, len(str(recipe.samples_per_shard - 1)))
     samples = list(read_samples(task.rows))
@@ -408,6 +454,8 @@ def _build_shard(task: _ShardTask, report: Report) -> dict[str, Any]:
                 row |= {"status": "failure", "error": str(error), "reason": error.reason}
             rows.append(row)
             report(1, row.get("reason", ""), row.get("size", 0))
+        if recipe.source is not None:
+            recipe.source.check_unchanged(only_read=True)
     sidecar_sha256 = write_sidecar(recipe.out, name, rows, recipe.schema)
     made = [row for row in rows if row["status"] == "success"]
     statistics = {
@@ -481,17 +529,13 @@ def _add_sample(
 
 
 def _list_healable(manifest: Manifest, columns: dict[str, Any]) -> list[Sample]:
-    """The samples whose last failure can heal, in dataset order. As many as there are, in memory."""
-    failed: dict[str, Sample] = {}
+    """The samples that failed, the last time that they were tried, by what can heal. As many as there are, in memory."""
+    healable = []
     names = ["source", "status", "error", "captions", *columns]
     for number in range(len(manifest.shards)):
         for row in manifest.read_sidecar(number, names, failures=True).to_pylist():
-            if row["status"] == "success":
-                failed.pop(row["source"], None)
-            elif row["error"].partition(": ")[0] in HEALABLE:
+            if row["status"] != "success" and row["error"].partition(": ")[0] in HEALABLE:
                 values = {name: row[name] for name in columns if row[name] is not None}
                 extra = json.dumps(values, ensure_ascii=False) if values else ""
-                failed[row["source"]] = Sample(row["source"], row["captions"], [], extra, "")
-            else:
-                failed.pop(row["source"], None)
-    return list(failed.values())
+                healable.append(Sample(row["source"], row["captions"], [], extra, ""))
+    return healable

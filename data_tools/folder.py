@@ -4,6 +4,7 @@ build.json, written first, says which run the folder holds; a shard's statistics
 that the shard is complete; manifest.json, written last of all, says that the run is.
 """
 
+import contextlib
 import hashlib
 import json
 from collections import Counter
@@ -97,19 +98,22 @@ def prepare_folder(
     stems: Sequence[str],
     state: Mapping[str, Any] | None,
     options: dict[str, Any],
-    mine: Sequence[str] | None = None,
+    shared: bool = False,
     **facts: Any,
 ) -> None:
     """Check that no foreign tars lie where readers would take them for shards, clean up, and write build.json.
 
-    `state` is what build.json says already, if it is there; `facts` are kept in it beside the options. `mine` are the
-    shards that this process makes, where others make the rest.
+    `state` is what build.json says already, if it is there; `facts` are kept in it beside the options. In a folder that
+    is `shared` with processes that make other shards, nothing is cleaned up.
     """
-    own = _list_own_files(stems)
-    foreign = [name for name in out.names() if name.endswith(".tar") and name not in own]
+    own = list_own_files(stems)
+    foreign = {name for name in out.names() if name.endswith(".tar")} - own
+    if foreign:
+        foreign -= {part["name"] for part in load_added_shards(out, stems, identify(options))} | set(_list_begun(out))
     if foreign:
         raise UserError(f"{out}: holds tars of another build (such as {min(foreign)}). Move them, or give a new folder")
-    remove_leftovers(out, own if mine is None else list_shard_files(mine))
+    if not shared:
+        remove_leftovers(out, own)
     if state is None:
         shards = len(stems) if list(stems) == name_shards(len(stems)) else list(stems)
         out.write_json(STATE_NAME, {"format": STATE_FORMAT, "shards": shards, **facts, "options": options})
@@ -123,26 +127,33 @@ def list_stems(state: Mapping[str, Any]) -> list[str]:
 
 def remove_run(out: Folder, state: Mapping[str, Any]) -> None:
     """Remove the files of the run that build.json tells of, and no others; build.json itself goes last."""
-    stems = [*list_stems(state), *list_retried(out)]
-    own, there = _list_own_files(stems), set(out.names())
-    for name in sorted(own & there, key=lambda name: (name != MANIFEST_NAME, name == STATE_NAME)):
+    retried = list_retried(out)
+    stems = [*list_stems(state), *retried]
+    if retried:  # the manifest, which tells of them, goes first
+        out.write_json(RETRY_NAME, {"shards": [f"{stem}.tar" for stem in retried]})
+    own, there = list_own_files(stems), set(out.names())
+    last = {RETRY_NAME: 1, STATE_NAME: 2}
+    for name in sorted(own & there, key=lambda name: (name != MANIFEST_NAME, last.get(name, 0))):
         out.remove(name)
     remove_leftovers(out, own)
 
 
 def list_retried(out: Folder) -> list[str]:
     """The stems of shards that `retry` has added to the folder, or has begun to add."""
-    names: list[str] = []
-    for file, path in ((MANIFEST_NAME, "options"), (RETRY_NAME, None)):
-        try:
-            content = json.loads(out.read(file))
-            names += content["shards"] if path is None else content[path].get("retried", [])
-        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
-            continue
-    return [name.removesuffix(".tar") for name in names]
+    names = _list_begun(out)
+    with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        names += json.loads(out.read(MANIFEST_NAME))["options"].get("retried", [])
+    return sorted({name.removesuffix(".tar") for name in names})
 
 
-def _list_own_files(stems: Sequence[str]) -> set[str]:
+def _list_begun(out: Folder) -> list[str]:
+    """The tars that a `retry` that has not finished is adding."""
+    with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
+        return list(json.loads(out.read(RETRY_NAME))["shards"])
+    return []
+
+
+def list_own_files(stems: Sequence[str]) -> set[str]:
     """The names that a run with these shards may write."""
     return {MANIFEST_NAME, SIZES_NAME, CHECKSUMS_NAME, STATE_NAME, RETRY_NAME, *list_shard_files(stems)}
 
@@ -161,17 +172,35 @@ def remove_leftovers(out: Folder, own: set[str]) -> None:
 def load_finished_shards(out: Folder, stems: Sequence[str], build: str) -> list[dict[str, Any] | None]:
     """For each shard of the run `build`, its statistics if its files are all there, else None."""
     sizes = out.sizes()
-    return [_load_finished_shard(out, stem, build, sizes) if f"{stem}_stats.json" in sizes else None for stem in stems]
+    return [load_finished_shard(out, stem, build, sizes) if f"{stem}_stats.json" in sizes else None for stem in stems]
 
 
-def _load_finished_shard(out: Folder, stem: str, build: str, sizes: Mapping[str, int]) -> dict[str, Any] | None:
+def load_finished_shard(
+    out: Folder, stem: str, build: str, sizes: Mapping[str, int] | None = None
+) -> dict[str, Any] | None:
+    """The statistics of a shard of the run `build` if its files are all there, else None. `sizes` are those of `out`."""
     try:
+        if sizes is None:
+            found = {name: out.size(name) for name in list_shard_files([stem])}
+            sizes = {name: size for name, size in found.items() if size is not None}
         statistics = json.loads(out.read(f"{stem}_stats.json"))
         info = select_info(statistics)
         check_shard_files(Manifest.of_shards(out, [info]), info, sizes, sizes)
     except (FileNotFoundError, ValueError, KeyError, TypeError, UserError):
         return None
     return statistics if statistics["build"] == build and sidecar_name(info.name) in sizes else None
+
+
+def load_added_shards(out: Folder, stems: Sequence[str], build: str) -> list[dict[str, Any]]:
+    """The statistics of the complete shards that `retry` has added to the run `build`, whose own are `stems`, in order."""
+    sizes, own, added = out.sizes(), {f"{stem}_stats.json" for stem in stems}, []
+    for name in sorted(name for name in sizes if name.endswith("_stats.json") and name not in own):
+        with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+            found = json.loads(out.read(name))["build"]
+            statistics = load_finished_shard(out, name.removesuffix("_stats.json"), found, sizes)
+            if found.startswith(f"{build}-") and statistics is not None:
+                added.append(statistics)
+    return added
 
 
 def list_sidecar_fields() -> "list[tuple[str, pyarrow.DataType]]":
@@ -217,10 +246,11 @@ def write_sidecar(out: Folder, shard: str, rows: list[dict[str, Any]], schema: "
 
 
 def read_sidecar_rows(manifest: Manifest, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """The rows of all shards' sidecars in order, a shard at a time: of samples that count, and of failures. A column that
-    a sidecar does not have is None. Raises UserError for a sidecar that is missing or cannot be read."""
+    """The rows of all shards' sidecars in order, a shard at a time: of samples that count, and of a dataset's failures (a
+    view has none). A column that a sidecar does not have is None. Raises UserError for a sidecar that is missing or cannot be read."""
+    failures = manifest.directory == manifest.indexes
     for number in range(len(manifest.shards)):
-        yield from manifest.read_sidecar(number, columns, failures=True, missing_ok=True).to_pylist()
+        yield from manifest.read_sidecar(number, columns, failures, missing_ok=True).to_pylist()
 
 
 def select_info(statistics: Mapping[str, Any]) -> ShardInfo:

@@ -85,6 +85,7 @@ class Source(abc.ABC):
         self._input = input
         self._files = tuple(files)
         self._options = options
+        self._stamps = [_stamp(file.path) for file in self._files]
         self._forget()
 
     def __str__(self) -> str:
@@ -132,11 +133,22 @@ class Source(abc.ABC):
                 self._opened, self._process = {}, os.getpid()
             return self._read(place)
 
+    def check_unchanged(self, only_read: bool = False) -> None:
+        """Raise UserError if a local file of the input is another one than when it was opened, by its size and time.
+
+        With `only_read`, only those files count that `read_embedded` has read from.
+        """
+        for number in sorted(self._read_files) if only_read else range(len(self._files)):
+            path = self._files[number].path
+            if _stamp(path) != self._stamps[number]:
+                raise UserError(f"{path}: changed while it was read. Run again, with --restart if a build has begun")
+
     def _read(self, place: str) -> bytes:
         raise ValueError(f"{self._input}: rows of this kind have no places, but {place!r} was asked for")
 
     def _hold(self, number: int, opener: Callable[[contextlib.ExitStack], Any]) -> Any:
         """What `opener` has opened for a file, kept until another file is asked for."""
+        self._read_files.add(number)
         if self._opened.get("number") != number:
             if self._opened:
                 self._opened["files"].close()
@@ -149,10 +161,12 @@ class Source(abc.ABC):
     def _forget(self) -> None:
         self._lock = threading.Lock()
         self._opened: dict[str, Any] = {}
+        self._read_files: set[int] = set()
         self._process = os.getpid()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_opened", "_process")}
+        own = ("_lock", "_opened", "_read_files", "_process")
+        return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -172,6 +186,14 @@ class Source(abc.ABC):
 
 def is_url(path: str) -> bool:
     return "://" in path
+
+
+def _stamp(path: str) -> tuple[int, ...] | None:
+    """What tells whether a local file is still the same."""
+    if is_url(path):
+        return None
+    status = os.stat(path)
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _file_system(url: str) -> tuple[Any, str]:

@@ -84,7 +84,7 @@ def load_or_make_plan(
 ) -> Plan:
     """The plan of `build` in `folder`; made if it is not there, by one of the processes that ask for it at once.
 
-    Raises UserError for input without a row, or with none of the names of `keep`.
+    Raises UserError for input without a row, with none of the names of `keep`, or that has changed on the way.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with lock_folder(folder, wait=True):
@@ -96,6 +96,7 @@ def load_or_make_plan(
         for old in folder.iterdir():
             shutil.rmtree(old) if old.is_dir() else old.unlink()
         plan = _make_plan(source, folder, samples_per_shard, seed, keep)
+        source.check_unchanged()  # since its identity, and so the name of the build, was found
         write_json_atomic(path, {"build": build, "samples": plan.samples})
         return plan
 

@@ -154,7 +154,8 @@ class Manifest:
     def read_sidecar(
         self, number: int, columns: Sequence[str] | None = None, failures: bool = False, missing_ok: bool = False
     ) -> "pyarrow.Table":
-        """The sidecar rows of shard `number`: those of samples that count, in order; with `failures`, also the build's.
+        """The sidecar rows of shard `number`: those of samples that count, in order; with `failures`, also the build's,
+        without those that a later shard has tried again.
 
         Raises UserError when there is no sidecar, it lacks a column (unless `missing_ok`: it is then full of nulls), or it
         is not of this tar.
@@ -204,7 +205,11 @@ class Manifest:
             )
         keep = np.zeros(len(made), dtype=bool)
         keep[np.flatnonzero(made)[self.places(number)]] = True
-        table = table.filter(pyarrow.array(keep | ~made if failures else keep))
+        failed = ~made
+        if failures and self._tried_again:
+            sources = file.read(columns=["source"]).column("source").to_pylist()
+            failed &= [self._tried_again.get(source, number) <= number for source in sources]
+        table = table.filter(pyarrow.array(keep | failed if failures else keep))
         if made_up and (columns is None or "captions" in columns):
             captions = [None if caption is None else [caption] for caption in table.column("caption").to_pylist()]
             table = table.append_column("captions", pyarrow.array(captions, pyarrow.list_(pyarrow.string())))
@@ -212,6 +217,21 @@ class Manifest:
             keys = [self.name_key(number, key) for key in table.column("key").to_pylist()]
             table = table.set_column(table.column_names.index("key"), "key", pyarrow.array(keys, pyarrow.string()))
         return table if columns is None else table.select(list(columns))
+
+    @cached_property
+    def _tried_again(self) -> dict[str, int]:
+        """Where `retry` has added shards: the last one that tells of a source, by its number."""
+        import pyarrow
+        import pyarrow.parquet
+
+        names, last = set(self.options.get("retried", ())), {}
+        for number, shard in enumerate(self.shards):
+            if shard.name in names:
+                with contextlib.suppress(OSError, pyarrow.ArrowException):  # told where that shard itself is read
+                    sidecar = pyarrow.BufferReader(self.indexes.read(sidecar_name(shard.name)))
+                    table = pyarrow.parquet.read_table(sidecar, columns=["source"])
+                    last |= dict.fromkeys(table.column("source").to_pylist(), number)
+        return last
 
     def _lies_in_quarantine(self, number: int) -> bool:
         return bool(self.shards[number].samples) and self.counts[number] == 0 and self.samples > 0

@@ -9,7 +9,6 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import shutil
 import tempfile
 import time
 from collections import Counter
@@ -49,7 +48,7 @@ from data_tools.folder import (
     write_sidecar,
 )
 from data_tools.image import ImagePolicy, PictureError, prepare_picture
-from data_tools.plan import Plan, Sample, load_or_make_plan, read_samples, write_samples
+from data_tools.plan import Plan, Sample, load_or_make_plan, read_samples, remove_plan, write_samples
 from data_tools.shards import MANIFEST_NAME, RETRY_NAME, Manifest, ShardWriter, write_shard
 from data_tools.sources import Source, open_source
 from data_tools.workers import Report, choose_processes, open_progress_bar, run_tasks
@@ -369,7 +368,7 @@ def _remove_own_leftovers(folder: Folder, tasks: list[_ShardTask]) -> None:
 
 def _remove_plan(folder: Folder) -> None:
     if type(folder) is Folder:
-        shutil.rmtree(folder.path / PLAN_NAME, ignore_errors=True)
+        remove_plan(folder.path / PLAN_NAME)
 
 
 # Building

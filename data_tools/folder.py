@@ -283,5 +283,5 @@ def render_summary(manifest: Manifest, failures: Mapping[str, int], refusals: Ma
     for title, counts, hint in parts:
         if counts:
             lines.append(f"{title:<24}{sum(counts.values()):>14,}  {hint}".rstrip())
-            lines += [f"  {reason:<36}{number:,}" for reason, number in sorted(counts.items(), key=lambda e: -e[1])]
+            lines += [f"  {reason:<37} {number:,}" for reason, number in sorted(counts.items(), key=lambda e: -e[1])]
     return "\n".join(lines)

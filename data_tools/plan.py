@@ -93,12 +93,19 @@ def load_or_make_plan(
             state = json.loads(path.read_bytes())
             if state["build"] == build:
                 return Plan(folder, state["samples"], samples_per_shard)
+        path.unlink(missing_ok=True)  # first, for a plan of which a part has gone must not look whole
         for old in folder.iterdir():
             shutil.rmtree(old) if old.is_dir() else old.unlink()
         plan = _make_plan(source, folder, samples_per_shard, seed, keep)
         source.check_unchanged()  # since its identity, and so the name of the build, was found
         write_json_atomic(path, {"build": build, "samples": plan.samples})
         return plan
+
+
+def remove_plan(folder: Path) -> None:
+    """Remove the plan in `folder`, if there is one."""
+    (folder / STATE_NAME).unlink(missing_ok=True)  # see above
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _make_plan(source: Source, folder: Path, samples_per_shard: int, seed: int | None, keep: set[str] | None) -> Plan:

@@ -6,7 +6,9 @@ samples, in order) and plan.json, written last; any process can then make any sh
 """
 
 import contextlib
+import errno
 import json
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -27,6 +29,8 @@ ROWS_AT_ONCE = 20_000
 MEMORY_LIMIT = "400MB"
 _SCHEMA = pyarrow.schema([(name, pyarrow.string()) for name in Row._fields])
 _NAMES_SHOWN = 3
+_DISK_FULL = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "failed to offload data block")
+"""What DuckDB's errors, of several kinds, say where the disk is full, or would be."""
 
 
 @dataclass(slots=True)
@@ -120,8 +124,10 @@ def _make_plan(source: Source, folder: Path, samples_per_shard: int, seed: int |
             _check_names(connection, source, keep)
             plan = Plan(folder, _order_samples(connection, source, seed, keep), samples_per_shard)
             _write_shards(connection, plan)
-    except duckdb.IOException as error:
-        raise OSError(28, f"the plan cannot be written: {error}", str(work)) from None
+    except duckdb.Error as error:
+        if any(words in str(error) for words in _DISK_FULL):
+            raise OSError(errno.ENOSPC, "the plan cannot be written", str(work)) from None
+        raise
     shutil.rmtree(work)
     return plan
 

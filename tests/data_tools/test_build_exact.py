@@ -5,20 +5,31 @@ import gzip
 import io
 import itertools
 import json
+import os
 import random
 import shutil
+import signal
+import subprocess
+import sys
 import tarfile
+import time
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from killing import Killer, hash_files
+from killing import Command, Killer, hash_files
 from PIL import Image
 
 from data_tools.__main__ import main
+from data_tools.build import build_shards
+from data_tools.errors import UserError
+from data_tools.image import ImagePolicy
 from data_tools.shards import Manifest
+from data_tools.tables import TsvSource
+from data_tools.tar import ARCHIVE_END, render_member
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = 'a dog ein Hund 一只狗 собака runs über the grass & sand é \u2028 <b> "quoted" it\'s 100%'.split(" ")
@@ -233,3 +244,258 @@ def test_a_build_that_is_killed_again_and_again_ends_with_the_same_bytes(tmp_pat
             while not killer.run_or_kill(["finish", out]):
                 pass
         assert hash_files(out) == expected
+
+
+# Others at work at the same time
+
+
+def wait_until(condition, *commands: Command) -> None:
+    deadline_s = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline_s
+        assert all(command.process.is_alive() for command in commands), [command.output for command in commands]
+        time.sleep(0.002)
+
+
+def stop_while(command: Command, pattern: str, out: Path) -> None:
+    """Stop the command (SIGSTOP) as soon as a file of this name pattern lies in OUT."""
+    wait_until(lambda: any(out.glob(pattern)), command)
+    os.kill(command.pid, signal.SIGSTOP)
+
+
+@pytest.fixture
+def killer(tmp_path):
+    return Killer(random.Random(0), tmp_path)
+
+
+@pytest.fixture
+def large_build(tmp_path, write_table) -> tuple[list, dict[str, str]]:
+    """A build of one process that takes a while, and the hashes of what comes of it."""
+    table, images = write_table(40, size=500)
+    build = ["build", table, "--image-root", images, "--samples-per-shard", 10, "--processes", 1]
+    assert main([str(argument) for argument in [*build, tmp_path / "whole"]]) == 0
+    return build, hash_files(tmp_path / "whole")
+
+
+def test_a_build_next_to_a_running_one_is_refused(tmp_path, killer, large_build, run_data_tools):
+    build, expected = large_build
+    out = tmp_path / "out"
+    running = killer.start([*build, out])
+    stop_while(running, "00001.tar", out)
+    try:
+        for command in ([*build, out], [*build, out, "--task", "1/2"], ["finish", out], ["retry", out]):
+            run = run_data_tools(*command)
+            assert (run.returncode, run.stdout) == (2, "")
+            assert run.stderr == f"error: {out}: another process is writing here. Wait for it to end, or end it\n"
+    finally:
+        os.kill(running.pid, signal.SIGCONT)
+    running.succeed()
+    assert hash_files(out) == expected
+
+
+@pytest.mark.skipif(not Path("/proc/locks").exists(), reason="looks for a waiting process in /proc/locks")
+def test_the_same_task_twice_at_once_makes_each_shard_once(tmp_path, killer, large_build):
+    build, expected = large_build
+    out = tmp_path / "out"
+    task = [*build, out, "--task", "1/2"]
+    first = killer.start(task)
+    stop_while(first, "00000.tar.*.tmp", out)
+    try:
+        half = next(out.glob("00000.tar.*.tmp"))
+        second = killer.start(task)
+        waiting = f" {second.pid} "
+        wait_until(
+            lambda: any("->" in line and waiting in line for line in Path("/proc/locks").read_text().splitlines()),
+            second,
+        )
+        assert half.exists()  # what another process is writing is no leftover
+        killer.start([*build, out, "--task", "2/2"]).succeed()
+    finally:
+        os.kill(first.pid, signal.SIGCONT)
+    first.succeed()
+    second.succeed()
+    times = [(out / f"0000{shard}.tar").stat().st_mtime_ns for shard in (0, 2)]
+    assert times == sorted(times)
+    killer.start(["finish", out]).succeed()
+    assert hash_files(out) == expected
+
+
+def test_a_task_that_was_killed_leaves_nothing_to_those_after_it(tmp_path, killer, large_build):
+    build, expected = large_build
+    out = tmp_path / "out"
+    for ends_at in (2, 5):  # before the half shard, and its index, get their names
+        killed = killer.start([*build, out, "--task", "1/2"], ends_at, "00000.tar.", True)
+        assert killed.end() == -signal.SIGKILL
+        assert len(list(out.glob("*.tmp"))) == 2  # plan.tmp, and half a file
+    killer.start([*build, out, "--task", "1/2"]).succeed()
+    assert [path.name for path in out.glob("*.tmp")] == ["plan.tmp"]
+    (out / "manifest.json.0123abcd.tmp").write_bytes(b"{")
+    killer.start([*build, out, "--task", "2/2"]).succeed()
+    killer.start(["finish", out]).succeed()
+    assert hash_files(out) == expected
+
+
+# Inputs and folders that are not what they were
+
+
+def test_an_input_that_changes_in_mid_build_is_noticed(tmp_path, killer, large_build, run_data_tools):
+    build, expected = large_build
+    table, out = build[1], tmp_path / "out"
+    assert killer.start([*build, out], 3, "00002.tar", True).end() == -signal.SIGKILL
+    before = table.read_bytes()
+    table.write_bytes(before + b"picture 1.jpg\tanother\n")
+    run = run_data_tools(*build, out)
+    assert run.returncode == 2 and run.stderr.count("\n") == 1
+    assert f"{out}: holds a build with input_sha256" in run.stderr and "--restart" in run.stderr
+    run = run_data_tools(*build, out, "--quality", 80, "--seed", 3)
+    assert "seed None, not 3; images.quality 90, not 80" in run.stderr
+    table.write_bytes(before)
+    killer.start([*build, out]).succeed()
+    assert hash_files(out) == expected
+
+
+def test_a_table_that_changes_while_it_is_planned_is_refused(tmp_path, write_table, monkeypatch):
+    table, images = write_table(3)
+    rows = TsvSource.rows
+
+    def rows_then_change(source):
+        yield from rows(source)
+        with open(table, "a") as file:
+            file.write("picture 0.jpg\tlate\n")
+
+    monkeypatch.setattr(TsvSource, "rows", rows_then_change)
+    with pytest.raises(UserError, match="table.tsv: changed while it was read. Run again"):
+        build_shards(table, tmp_path / "out", images, processes=1)
+    assert os.listdir(tmp_path / "out") == []
+
+
+def test_a_tar_that_changes_while_its_pictures_are_read_is_refused(tmp_path, killer, noise):
+    content = b""
+    for number in range(30):
+        stream = io.BytesIO()
+        noise(300, 300, number).save(stream, "JPEG")
+        content += render_member(f"{number}.jpg", stream.getvalue()) + render_member(f"{number}.txt", b"noise")
+    tar = tmp_path / "in.tar"
+    tar.write_bytes(content + ARCHIVE_END)
+    build = ["build", tar, "--samples-per-shard", 10, "--processes", 1]
+    killer.start([*build, tmp_path / "whole"]).succeed()
+    out = tmp_path / "out"
+    running = killer.start([*build, out])
+    stop_while(running, "00001.tar.*.tmp", out)
+    tar.write_bytes(bytes(1024) + content + ARCHIVE_END)
+    os.kill(running.pid, signal.SIGCONT)
+    assert running.end() == 2
+    assert "in.tar: changed while it was read. Run again, with --restart if a build has begun" in running.output
+    assert not list(out.glob("00001_stats.json")) and not (out / "manifest.json").exists()
+    tar.write_bytes(content + ARCHIVE_END)
+    killer.start([*build, out]).succeed()
+    assert hash_files(out) == hash_files(tmp_path / "whole")
+
+
+# Full disks and stores
+
+FULL_DISK = """
+mount -t tmpfs -o size=4000k tmpfs "$1" || exit 9
+for free in 8 14 24 300; do
+  rm -rf "$1/out"
+  head -c $(( (4000 - free) * 1024 )) /dev/zero > "$1/filler"
+  "$2" -m data_tools build "$3" "$1/out" --image-root "$4" --samples-per-shard 10 --processes 1
+  echo "with $free: $?, manifest: $(ls "$1/out" 2>/dev/null | grep -c manifest.json)"
+  rm "$1/filler"
+  "$2" -m data_tools build "$3" "$1/out" --image-root "$4" --samples-per-shard 10 --processes 1 > /dev/null
+  echo "then: $?"
+  cp -r "$1/out" "$5/$free"
+done
+"""
+
+
+def test_a_disk_that_is_full_while_planning_stops_the_build_and_a_second_run_goes_on(tmp_path, write_table):
+    unshare = ["unshare", "-m"] if os.geteuid() == 0 else ["unshare", "-rm"]
+    if shutil.which("unshare") is None or subprocess.run([*unshare, "true"], capture_output=True).returncode != 0:
+        pytest.skip("needs a mount namespace of its own for a small file system")
+    table, images = write_table(100)
+    (tmp_path / "disk").mkdir()
+    places = [tmp_path / "disk", sys.executable, table, images, tmp_path]
+    command = [*unshare, "sh", "-c", FULL_DISK, "sh", *map(str, places)]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    if run.returncode == 9:
+        pytest.skip("may not mount a small file system")
+    told = [line for line in run.stdout.splitlines() if line.startswith(("with", "then"))]
+    assert told == [
+        f"{word}: {end}" for free in (8, 14, 24, 300) for word, end in ((f"with {free}", "1, manifest: 0"), ("then", 0))
+    ]
+    assert len(run.stderr.splitlines()) == 4
+    assert run.stderr.count("the disk is full. Free space and run the same command again") == 4, run.stderr
+    build_shards(table, tmp_path / "whole", images, samples_per_shard=10, processes=1)
+    for free in ("8", "14", "24", "300"):
+        assert hash_files(tmp_path / free) == hash_files(tmp_path / "whole")
+
+
+def read_store(url: str) -> dict[str, bytes]:
+    """Every object below a URL, by its name."""
+    system, path = fsspec.core.url_to_fs(url)
+    return {name.rpartition("/")[2]: system.cat_file(name) for name in system.find(path)}
+
+
+@pytest.fixture
+def store():
+    yield "memory://exact/shards"
+    fsspec.filesystem("memory").rm("/exact", recursive=True)
+
+
+def test_a_store_gets_the_bytes_of_a_folder(tmp_path, write_table, read_folder, store, capsys):
+    table, images = write_table(12)
+    options = {"samples_per_shard": 5, "seed": 1, "images": ImagePolicy(resize=32), "processes": 1}
+    build_shards(table, tmp_path / "out", images, **options)
+    build_shards(table, store, images, **options)
+    expected = read_folder(tmp_path / "out")
+    assert read_store(store) == expected
+    assert Manifest.load(store).fingerprint == Manifest.load(tmp_path / "out").fingerprint
+    build_shards(table, f"file://{tmp_path}/url", images, **options | {"processes": 2})
+    assert read_folder(tmp_path / "url") == expected
+    capsys.readouterr()
+    build_shards(table, store, images, **options)
+    assert "memory://exact/shards: this build is finished already, with 12 samples" in capsys.readouterr().out
+    with pytest.raises(UserError, match="memory://exact/shards: holds a build with seed 1, not 2"):
+        build_shards(table, store, images, **options | {"seed": 2})
+
+
+def test_a_store_that_fails_in_mid_build_is_gone_on_with(tmp_path, write_table, read_folder, store, monkeypatch):
+    """At each of its operations in turn, once; what it has half is not taken for whole, nor left behind."""
+    table, images = write_table(4)
+    options = {"samples_per_shard": 2, "processes": 1}
+    build_shards(table, tmp_path / "out", images, **options)
+    kind = fsspec.get_filesystem_class("memory")
+    calls, fails_at = 0, 0
+
+    def failing(function):
+        def call(*arguments, **named):
+            nonlocal calls
+            calls += 1
+            if calls >= fails_at > 0:  # the store stays away
+                raise ConnectionError("the store is gone")
+            return function(*arguments, **named)
+
+        return call
+
+    for name in ("_open", "cp_file", "rm_file", "info"):
+        monkeypatch.setattr(kind, name, failing(getattr(kind, name)))
+    failures = 0
+    while True:
+        calls, fails_at = 0, failures + 1
+        try:
+            build_shards(table, store, images, **options, restart=failures % 5 == 4)
+            break
+        except ConnectionError:
+            failures += 1
+    assert failures > 30
+    assert read_store(store) == read_folder(tmp_path / "out")
+
+
+def test_a_build_to_a_url_that_is_killed_goes_on(tmp_path, killer, large_build):
+    build, expected = large_build
+    out = f"file://{tmp_path}/out"
+    for ends_at, word in ((2, "00001.tar"), (1, "00002.parquet"), (3, "00002.tar"), (2, "manifest.json")):
+        assert killer.start([*build, out], ends_at, word, True).end() == -signal.SIGKILL
+    killer.start([*build, out]).succeed()
+    assert hash_files(tmp_path / "out") == expected

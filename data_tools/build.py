@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ from data_tools.folder import (
 )
 from data_tools.image import ImagePolicy, PictureError, prepare_picture
 from data_tools.plan import Plan, Sample, load_or_make_plan, read_samples, remove_plan, write_samples
-from data_tools.shards import MANIFEST_NAME, RETRY_NAME, Manifest, ShardWriter, write_shard
+from data_tools.shards import MANIFEST_NAME, RETRY_NAME, Manifest, ShardInfo, ShardWriter, write_shard
 from data_tools.sources import Source, open_source
 from data_tools.workers import Report, choose_processes, open_progress_bar, run_tasks
 
@@ -235,7 +235,7 @@ def retry_failures(out: str | Path, processes: int | None = None, **fetch: Any) 
             return manifest
         recipe = _Recipe(
             folder,
-            f"{manifest.build}-{first}",
+            _name_retry(manifest.build, manifest.shards),
             None,
             FetchOptions(**{**_tuples(state["fetch"]), **fetch}),
             ImagePolicy(**_pick(state["options"], "images")),
@@ -399,7 +399,7 @@ def _finish(folder: Folder, statistics: list[dict[str, Any]], options: dict[str,
     """
     build = identify(options)
     failures = add_counts(part["failures_by_reason"] for part in statistics)
-    added = load_added_shards(folder, [part["name"].removesuffix(".tar") for part in statistics], build)
+    added = _keep_added_shards(folder, statistics, build)
     retried = {"retried": [part["name"] for part in added]} if added else {}
     manifest = Manifest.of_shards(
         folder,
@@ -417,6 +417,30 @@ def _finish(folder: Folder, statistics: list[dict[str, Any]], options: dict[str,
     manifest.write()
     print(render_summary(manifest, failures, add_counts(part["refused_captions"] for part in statistics), rate))
     return Manifest.load(folder)
+
+
+def _keep_added_shards(folder: Folder, statistics: list[dict[str, Any]], build: str) -> list[dict[str, Any]]:
+    """The statistics of shards that `retry` has added to just these. Others, whose samples the shards that were made
+    anew may hold themselves, are removed."""
+    shards = [select_info(part) for part in statistics]
+    found = load_added_shards(folder, [shard.name.removesuffix(".tar") for shard in shards], build)
+    added = []
+    for name, group in groupby(found, key=lambda part: part["build"]):
+        parts = list(group)
+        if name == _name_retry(build, shards):
+            added += parts
+            shards += map(select_info, parts)
+            continue
+        for part in parts:
+            for file in sorted(list_shard_files([part["name"].removesuffix(".tar")])):
+                folder.remove(file)
+        print(f"{folder}: removed {len(parts)} shards that `retry` had added to others than these. Run it again")
+    return added
+
+
+def _name_retry(build: str, shards: Sequence[ShardInfo]) -> str:
+    """What statistics of added shards name instead of the build: it, and what they were added to."""
+    return f"{build}-{hashlib.sha256(' '.join(shard.sha256 for shard in shards).encode()).hexdigest()[:16]}"
 
 
 def _build_shard(task: _ShardTask, report: Report) -> dict[str, Any]:

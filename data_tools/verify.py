@@ -29,6 +29,7 @@ from data_tools.shards import (
     MANIFEST_NAME,
     PICTURE_EXTENSIONS,
     QUARANTINE_NAME,
+    RETRY_NAME,
     SELECTION_NAME,
     SIZES_NAME,
     STATE_NAME,
@@ -262,6 +263,8 @@ def _read_info(entry: Any) -> ShardInfo | None:
 
 
 def _verify(folder: Folder, problems: list[Problem], decode: bool, processes: int, shown: str) -> Verdict:
+    if folder.size(RETRY_NAME) is not None:  # the small files beside the manifest may be of the one to come
+        raise UserError(f"{folder}: a `retry` has begun here and not finished. Run it again, then verify")
     hashes = _read_checksums(folder, problems)
     wrong = _check_listed(folder, [MANIFEST_NAME, SIZES_NAME, STATE_NAME], hashes, problems)
     content = _read_json(folder, MANIFEST_NAME)

@@ -7,6 +7,7 @@ import random
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir")
@@ -80,10 +81,11 @@ def _run(output: str, arguments: list[str], ends_at: int, word: str, group: bool
 
 
 class Killer:
-    """Kills commands at random; `kills` says how many."""
+    """Kills commands at random, also when they come to one of `files`; `kills` says how many."""
 
-    def __init__(self, draw: random.Random, work: Path) -> None:
+    def __init__(self, draw: random.Random, work: Path, files: Sequence[str] = FILES) -> None:
         self.draw = draw
+        self._files = files
         self.kills = 0
         self._events = 0
         self._duration_s = 0.0
@@ -115,7 +117,7 @@ class Killer:
         elif way == "event":
             command = self.start(arguments, self.draw.randint(1, self._events), "", group)
         else:
-            command = self.start(arguments, self.draw.randint(1, 4), self.draw.choice(FILES), group)
+            command = self.start(arguments, self.draw.randint(1, 4), self.draw.choice(self._files), group)
         code = command.end()
         assert code in (0, -signal.SIGKILL), (arguments, command.output)
         assert "error:" not in command.output and "Traceback" not in command.output

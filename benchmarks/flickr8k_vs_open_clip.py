@@ -70,7 +70,8 @@ def compare(options: argparse.Namespace) -> int:
     data, out = Path(options.data), Path(options.out)
     check_inputs(options, data)
     run = options.run or str(out / "run")
-    overrides = [f"run={run}", f"data.path={out / 'shards' / 'train'}", *options.overrides]
+    paths = {"run": run, "data.path": str(out / "shards" / "train")}
+    overrides = [*(f"{key}={json.dumps(path)}" for key, path in paths.items()), *options.overrides]
     config = load_run_config(run) if options.run else load_config(CONFIG, overrides, RunConfig)
     out.mkdir(parents=True, exist_ok=True)
     with lock_folder(out):

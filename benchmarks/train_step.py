@@ -29,6 +29,7 @@ from typing import Any
 from data_tools.errors import UserError, run_command
 from pretrain.config import check_config
 from pretrain.contract import Batch
+from pretrain.data.text import build_tokenizer
 from pretrain.engine import EngineConfig, build_engine, learning_rate, set_learning_rate
 from pretrain.losses import ContrastiveConfig, LossesConfig, MatchingConfig, compute_losses
 from pretrain.metrics import peak_memory_gib
@@ -202,6 +203,7 @@ def draw_batch(options: argparse.Namespace, config: ModelConfig) -> Batch:
         mask=places <= last,
         image_id=torch.arange(count),
         text_id=torch.arange(count),
+        true_text_id=torch.arange(count)[:, None],
         position=np.arange(count),
         keys=[str(number) for number in range(count)],
     )
@@ -220,7 +222,7 @@ def build_ours(options: argparse.Namespace, world: Any, matching: bool = False) 
         zero_stage=options.zero_stage, precision=options.precision, gradient_clip=options.gradient_clip
     )
     host_batch = draw_batch(options, config)
-    model = build_model(config, VOCAB_SIZE, 0, world).train()
+    model = build_model(config, build_tokenizer(config.tokenizer, config.text.context_length), 0, world).train()
     parameters = sum(parameter.numel() for parameter in model.parameters())
     engine = build_engine(model, engine_config, options.batch_size, world)
 

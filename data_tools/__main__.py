@@ -12,7 +12,21 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m data_tools", description="Make and look at shards of image-text pairs."
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_add_scenes, _add_build, _add_info, _add_index, _add_verify, _add_view, _add_reshard):
+    for add in (
+        _add_scenes,
+        _add_build,
+        _add_finish,
+        _add_retry,
+        _add_info,
+        _add_dedup,
+        _add_tokenizer,
+        _add_preview,
+        _add_privacy,
+        _add_index,
+        _add_verify,
+        _add_view,
+        _add_reshard,
+    ):
         add(commands)
     options = vars(parser.parse_args(arguments))
     return run_command(options.pop("run"), **options)
@@ -37,44 +51,123 @@ def _add_scenes(commands: argparse._SubParsersAction) -> None:
 def _add_build(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
         "build",
-        help="build shards from a table of captions and a folder of pictures",
-        description="Build tar shards from a .tsv or .csv table. Rows of one image become one sample with all their "
-        "captions. A build that was interrupted goes on where it was when the same command is run again.",
+        help="build shards from captioned pictures",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Build tar shards from captioned pictures: a table (.tsv, .csv, .jsonl, .parquet), a folder, COCO\n"
+        "captions, tars, a Hugging Face dataset on disk. Rows of one image become one sample with\n"
+        "all their captions. A build that was interrupted goes on where it was when the same\n"
+        "command is run again.\n\n"
+        "  python -m data_tools build captions.tsv shards --image-root pictures\n"
+        "  python -m data_tools build urls.parquet shards --image-column url --resize 256\n"
+        "  python -m data_tools build 'laion/{00000..00009}.tar' s3://bucket/shards --task 3/16",
     )
-    command.add_argument("input", metavar="INPUT", help="table with a header: .tsv (no quoting) or .csv (RFC 4180)")
-    command.add_argument("out", metavar="OUT", help="folder to write: new, empty, or with an unfinished build")
-    command.add_argument("--image-root", required=True, metavar="DIR", help="folder that the image names start from")
-    command.add_argument("--image-column", default="filename", metavar="NAME", help="default: %(default)s")
-    command.add_argument("--caption-column", default="caption", metavar="NAME", help="default: %(default)s")
-    command.add_argument(
+    command.add_argument("input", metavar="INPUT", help="file, folder, pattern or URL")
+    command.add_argument("out", metavar="OUT", help="folder or URL to write: new, empty, or with an unfinished build")
+    source = command.add_argument_group("what is read")
+    source.add_argument("--kind", metavar="KIND", help="kind of input, where its name does not tell")
+    source.add_argument(
+        "--image-root", metavar="DIR", help="folder or URL that image names start from (default: where INPUT lies)"
+    )
+    source.add_argument("--image-column", metavar="NAME", help="column of names, URLs or bytes (default: by its name)")
+    source.add_argument("--caption-column", metavar="NAME", help="column of captions (default: by its name)")
+    source.add_argument(
+        "--keep-columns", type=_split, metavar="A,B", help="other columns to keep in .json and .parquet (default: all)"
+    )
+    source.add_argument(
         "--keep-list", metavar="FILE", help="build only the images named in FILE, one a line (such as a split)"
     )
-    command.add_argument(
+    source.add_argument("--seed", type=int, help="shuffle the samples by this seed (default: input order)")
+    images = command.add_argument_group("pictures")
+    images.add_argument(
+        "--resize",
+        type=int,
+        default=256,
+        metavar="PX",
+        help="shrink pictures to PX pixels, never enlarge; 0 keeps every size (default: %(default)s)",
+    )
+    images.add_argument(
+        "--resize-mode",
+        choices=("keep_ratio", "center_crop", "border", "squash", "no"),
+        default="keep_ratio",
+        help="keep_ratio: PX is the shorter side; the others: a square of PX (default: %(default)s)",
+    )
+    images.add_argument("--format", choices=("jpg", "webp", "png"), default="jpg", help="default: %(default)s")
+    images.add_argument("--quality", type=int, default=90, help="of jpg and webp, 1 to 100 (default: %(default)s)")
+    images.add_argument("--min-size", type=int, default=0, metavar="PX", help="refuse a shorter side below PX")
+    images.add_argument("--max-pixels", type=int, metavar="N", help="refuse more pixels (default: 89 million)")
+    images.add_argument("--max-aspect", type=float, default=0.0, metavar="R", help="refuse longer over shorter above R")
+    captions = command.add_argument_group("captions")
+    captions.add_argument("--fix-text", action="store_true", help="mend broken Unicode, HTML entities and white space")
+    captions.add_argument("--min-words", type=int, default=0, metavar="N", help="refuse captions of fewer words")
+    captions.add_argument("--max-words", type=int, default=0, metavar="N", help="refuse captions of more words")
+    captions.add_argument("--min-chars", type=int, default=0, metavar="N", help="refuse captions of fewer characters")
+    captions.add_argument("--max-chars", type=int, metavar="N", help="refuse captions of more characters")
+    captions.add_argument("--blocklist", metavar="FILE", help="refuse captions with one of these words, one a line")
+    _add_fetch_options(command)
+    work = command.add_argument_group("work")
+    work.add_argument(
         "--samples-per-shard",
         type=int,
         default=1000,
         metavar="N",
         help="input samples a tar (default: %(default)s)",
     )
-    command.add_argument(
-        "--resize",
-        type=int,
-        default=256,
-        metavar="PX",
-        help="shrink pictures to a shorter side of PX pixels; 0 keeps every size (default: %(default)s)",
+    work.add_argument(
+        "--task", type=_parse_task, metavar="K/N", help="make the K-th of N parts; `finish` when all are done"
     )
-    command.add_argument("--seed", type=int, help="shuffle the samples by this seed (default: input order)")
-    _add_work_options(command)
+    _add_work_options(work)
     command.set_defaults(run=_build)
+
+
+def _add_fetch_options(command: argparse.ArgumentParser) -> None:
+    download = command.add_argument_group("pictures behind URLs")
+    download.add_argument("--timeout", type=float, metavar="S", help="seconds for one picture (default: 30)")
+    download.add_argument(
+        "--retries", type=int, metavar="N", help="further attempts after a time-out or 5xx (default: 2)"
+    )
+    download.add_argument("--concurrency", type=int, metavar="N", help="downloads at once a process (default: 64)")
+    download.add_argument("--per-host", type=int, metavar="N", help="downloads at once from one host (default: 16)")
+    download.add_argument("--max-bytes", type=int, metavar="N", help="refuse larger files (default: 64 MiB)")
+    download.add_argument("--user-agent", metavar="TEXT", help="who asks; robots.txt is read for its first word")
+    download.add_argument("--allow-private", action="store_true", help="also connect to private and loopback addresses")
+    download.add_argument(
+        "--ignore-opt-out", action="store_true", help="do not ask robots.txt and X-Robots-Tag: for servers of your own"
+    )
+
+
+def _add_finish(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "finish",
+        help="write the manifest of a build whose tasks are done",
+        description="Write the manifest of a build that was made with --task. Example: python -m data_tools finish shards",
+    )
+    command.add_argument("out", metavar="OUT", help="OUT of the tasks")
+    command.set_defaults(run=_finish)
+
+
+def _add_retry(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "retry",
+        help="try again what failed for a reason that can heal",
+        description="Try again the pictures of a finished build that failed by a time-out, a server error or a name that "
+        "was not found, and write what comes as added shards. Example: python -m data_tools retry shards --timeout 60",
+    )
+    command.add_argument("out", metavar="DIR", help="folder that `build` wrote")
+    _add_fetch_options(command)
+    command.add_argument("--processes", type=int, metavar="N", help="worker processes (default: one a processor)")
+    command.set_defaults(run=_retry)
 
 
 def _add_info(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
         "info",
         help="print what a shard folder holds",
-        description="Print counts, picture sizes, failures by reason, examples and the fingerprint of a build.",
+        description="Print counts, picture sizes, caption lengths, scripts, failures by reason, examples and the "
+        "fingerprint of a build.",
+        epilog="example: python -m data_tools info shards/ --json",
     )
     command.add_argument("directory", metavar="DIR", help="folder that `build` wrote")
+    command.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
     command.set_defaults(run=_info)
 
 
@@ -184,11 +277,149 @@ def _add_report_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", action="store_true", dest="as_json", help="print the outcome as JSON")
 
 
-def _add_work_options(command: argparse.ArgumentParser) -> None:
+def _add_dedup(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "dedup",
+        help="find duplicate pictures and captions, and samples of evaluation sets",
+        description="Find samples that are duplicates of one another (or of evaluation sets), and write them to a "
+        "parquet file, one row a sample. Nothing is deleted: a view leaves them out.",
+        epilog="example: python -m data_tools dedup train --against coco-test --out dups.parquet && "
+        'python -m data_tools view train train-clean --where "keep is not false" --join dups.parquet',
+    )
+    command.add_argument("directory", metavar="DIR", help="a finished build, or a view of one")
+    command.add_argument(
+        "--against",
+        nargs="+",
+        default=[],
+        metavar="EVALSET",
+        help="also mark samples of DIR that are in these datasets",
+    )
+    command.add_argument("--out", metavar="FILE", help="parquet file to write (default: DIR.duplicates.parquet)")
+    command.add_argument(
+        "--kinds",
+        nargs="+",
+        choices=("bytes", "pixels", "near", "caption"),
+        default=["bytes", "pixels", "near", "caption"],
+        metavar="KIND",
+        help="what to look for: bytes, pixels, near, caption (default: all; without pixels and near, no picture is "
+        "decoded)",
+    )
+    command.add_argument(
+        "--distance",
+        type=int,
+        default=6,
+        metavar="N",
+        help="near: bits of 64 in which the hashes of two pictures may differ, 0 to 12 (default: %(default)s)",
+    )
+    command.add_argument(
+        "--caption-similarity",
+        type=float,
+        default=0.8,
+        metavar="X",
+        help="caption: the share of pairs of words that two texts must have in common (default: %(default)s)",
+    )
+    command.add_argument("--processes", type=int, metavar="N", help="worker processes (default: one a processor)")
+    command.add_argument("--json", action="store_true", dest="as_json", help="print the counts as JSON")
+    command.set_defaults(run=_dedup)
+
+
+def _add_tokenizer(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "tokenizer",
+        help="train a tokeniser on the captions",
+        description="Train a tokeniser on all captions of a dataset, in any language, and save it as a folder that "
+        "transformers' AutoTokenizer loads. The same captions make the same files.",
+        epilog="example: python -m data_tools tokenizer train tokenizer-20k --vocab-size 20000",
+    )
+    command.add_argument("directory", metavar="DIR", help="a finished build, or a view of one")
+    command.add_argument("out", metavar="OUT", help="folder to write: new or empty")
+    command.add_argument("--vocab-size", type=int, required=True, metavar="N", help="entries, special tokens included")
+    command.add_argument(
+        "--kind",
+        choices=("wordpiece", "bpe"),
+        default="wordpiece",
+        help="as BERT's or RoBERTa's (default: %(default)s)",
+    )
+    command.add_argument(
+        "--lowercase", action=argparse.BooleanOptionalAction, default=True, help="lower all letters (default: yes)"
+    )
+    command.add_argument("--json", action="store_true", dest="as_json", help="print the facts as JSON")
+    command.set_defaults(run=_tokenizer)
+
+
+def _add_preview(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "preview",
+        help="write a page with sample pictures, captions and histograms of a shard folder",
+        description="Write one HTML file that needs no other: thumbnails with captions of samples drawn by seed, "
+        "histograms of sizes, shapes and caption lengths, and failures by reason. It holds no scripts.",
+        epilog="example: python -m data_tools preview shards/ shards.html --count 48",
+    )
+    command.add_argument("directory", metavar="DIR", help="folder that `build` wrote")
+    command.add_argument("out", metavar="OUT.html", help="file to write")
+    command.add_argument("--count", type=int, default=60, metavar="N", help="samples to show (default: %(default)s)")
+    command.add_argument("--seed", type=int, default=0, help="other seeds draw other samples (default: %(default)s)")
+    command.set_defaults(run=_preview)
+
+
+def _add_privacy(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "privacy",
+        help="copy a shard folder without personal data: captions masked, faces blurred, opt-outs removed",
+        description="Write a shard folder anew, shard for shard, without personal data. Captions: e-mail and IP "
+        "addresses, phone and card numbers and social handles are found by their shape; names and street addresses "
+        "are not. Faces: OpenCV's Haar cascades find upright frontal and side faces; they miss small, tilted, covered "
+        "and dark ones, and blur some things that are no faces. Where faces must be gone, find them with a stronger "
+        "detector and give its --boxes. A run that was interrupted goes on when the same command is run again.",
+        epilog="example: python -m data_tools privacy shards/ clean/ --remove opt-outs.txt",
+    )
+    command.add_argument("directory", metavar="DIR", help="folder that `build` wrote; it is not changed")
+    command.add_argument("out", metavar="OUT", help="folder to write: new, empty, or with an unfinished run")
+    command.add_argument(
+        "--captions",
+        choices=("mask", "drop", "keep"),
+        default="mask",
+        help="put [email], [phone], ... in their place, drop such samples, or leave captions (default: %(default)s)",
+    )
+    command.add_argument(
+        "--faces",
+        choices=("blur", "keep"),
+        default="blur",
+        help="hide faces for good, with margins; only changed pictures are encoded again (default: %(default)s)",
+    )
+    command.add_argument(
+        "--boxes",
+        metavar="FILE.parquet",
+        help="hide these instead of what OpenCV finds: key, x, y, width, height in pixels of the stored picture",
+    )
+    command.add_argument(
+        "--remove",
+        nargs="+",
+        action="extend",
+        metavar="FILE",
+        help="lists of what has to go: one key, source, URL or SHA-256 of a stored picture a line",
+    )
+    command.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
+    _add_work_options(command)
+    command.set_defaults(run=_privacy)
+
+
+def _add_work_options(command: argparse._ActionsContainer) -> None:
     command.add_argument("--processes", type=int, metavar="N", help="worker processes (default: one a processor)")
     command.add_argument(
         "--restart", action="store_true", help="remove what is in OUT from an earlier run of this command"
     )
+
+
+def _split(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
+
+
+def _parse_task(text: str) -> tuple[int, int]:
+    number, slash, tasks = text.partition("/")
+    if not slash or not number.isdigit() or not tasks.isdigit():
+        raise argparse.ArgumentTypeError(f"'{text}': give the task's number, from 1, and the number of tasks: 3/16")
+    return int(number), int(tasks)
 
 
 def _scenes(**options) -> None:
@@ -197,16 +428,99 @@ def _scenes(**options) -> None:
     draw_scenes(**options)
 
 
-def _build(**options) -> None:
+def _build(
+    resize: int,
+    resize_mode: str,
+    format: str,
+    quality: int,
+    min_size: int,
+    max_pixels: int | None,
+    max_aspect: float,
+    fix_text: bool,
+    min_words: int,
+    max_words: int,
+    min_chars: int,
+    max_chars: int | None,
+    blocklist: str | None,
+    **options,
+) -> None:
     from data_tools.build import build_shards
+    from data_tools.captions import CaptionPolicy, load_blocklist
+    from data_tools.fetch import FetchOptions
+    from data_tools.image import ImagePolicy
 
-    build_shards(**options)
+    images = {
+        "resize": resize,
+        "mode": resize_mode,
+        "format": format,
+        "quality": quality,
+        "min_size": min_size,
+        "max_aspect": max_aspect,
+    }
+    if max_pixels is not None:
+        images["max_pixels"] = max_pixels
+    captions = {"fix_text": fix_text, "min_words": min_words, "max_words": max_words, "min_chars": min_chars}
+    if max_chars is not None:
+        captions["max_chars"] = max_chars
+    if blocklist is not None:
+        captions["blocklist"] = load_blocklist(blocklist)
+    fetch = FetchOptions(**_take_fetch_options(options))
+    build_shards(images=ImagePolicy(**images), captions=CaptionPolicy(**captions), fetch=fetch, **options)
 
 
-def _info(directory: str) -> None:
+def _take_fetch_options(options: dict) -> dict:
+    """The arguments of FetchOptions that the command line gives; they leave `options`."""
+    plain = ("timeout", "retries", "concurrency", "per_host", "max_bytes", "user_agent")
+    given = {name: value for name in plain if (value := options.pop(name)) is not None}
+    if "timeout" in given:
+        given["timeout_s"] = given.pop("timeout")
+    if options.pop("allow_private"):
+        given["allow_private"] = True
+    if options.pop("ignore_opt_out"):
+        given["respect_opt_out"] = False
+    return given
+
+
+def _finish(out: str) -> None:
+    from data_tools.build import finish_build
+
+    finish_build(out)
+
+
+def _retry(out: str, processes: int | None, **options) -> None:
+    from data_tools.build import retry_failures
+
+    retry_failures(out, processes, **_take_fetch_options(options))
+
+
+def _info(**options) -> None:
     from data_tools.info import print_info
 
-    print_info(directory)
+    print_info(**options)
+
+
+def _preview(**options) -> None:
+    from data_tools.preview import write_preview
+
+    write_preview(**options)
+
+
+def _privacy(**options) -> None:
+    from data_tools.privacy import clean_dataset
+
+    clean_dataset(**options)
+
+
+def _dedup(**options) -> None:
+    from data_tools.dedup import print_duplicates
+
+    print_duplicates(**options)
+
+
+def _tokenizer(**options) -> None:
+    from data_tools.tokenizer import print_tokenizer
+
+    print_tokenizer(**options)
 
 
 def _index(**options) -> None:

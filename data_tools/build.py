@@ -31,6 +31,8 @@ from data_tools.folder import (
     count,
     identify,
     is_finished,
+    list_shard_files,
+    list_sidecar_fields,
     list_stems,
     load_finished_shards,
     load_state,
@@ -49,25 +51,12 @@ from data_tools.sources import Source, open_source
 from data_tools.workers import Report, choose_processes, open_progress_bar, run_tasks
 
 PLAN_NAME = "plan.tmp"
-SIDECAR_FIELDS = [
-    ("key", pyarrow.string()),
-    ("status", pyarrow.string()),
-    ("error", pyarrow.string()),
-    ("caption", pyarrow.string()),
-    ("captions", pyarrow.list_(pyarrow.string())),
-    ("width", pyarrow.int32()),
-    ("height", pyarrow.int32()),
-    ("original_width", pyarrow.int32()),
-    ("original_height", pyarrow.int32()),
-    ("sha256", pyarrow.string()),
-    ("offset", pyarrow.int64()),
-    ("size", pyarrow.int64()),
-    ("source", pyarrow.string()),
-]
+SIDECAR_FIELDS = list_sidecar_fields()
 """A row for each input sample. `sha256` is that of the stored picture, `offset` and `size` say where it is in the tar.
 The other columns of the input follow."""
 
 _LOOKED_UP_FIRST = 1000
+_ALIASES = {"double": "float64", "bool": "bool_"}  # names of types in pyarrow that are not those of their makers
 
 
 @dataclass(frozen=True)
@@ -81,11 +70,11 @@ class _Recipe:
     images: ImagePolicy
     captions: CaptionPolicy
     samples_per_shard: int
-    extra: dict[str, tuple[str, str]]  # column of the input -> its name in the sidecar, and the name of its type
+    extra: dict[str, str]  # the other columns of the input, each with the name of its type
 
     @property
     def schema(self) -> pyarrow.Schema:
-        columns = [(name, getattr(pyarrow, kind)()) for name, kind in self.extra.values()]
+        columns = [(name, getattr(pyarrow, _ALIASES.get(kind, kind))()) for name, kind in self.extra.items()]
         return pyarrow.schema([*SIDECAR_FIELDS, *columns])
 
 
@@ -161,26 +150,30 @@ def build_shards(
     folder.make()
     with ExitStack() as stack:
         stack.enter_context(folder.lock(exclusive=task is None))
-        state = load_state(folder)
-        if state is not None and restart:
-            remove_run(folder, state)
-            state = None
+        before = load_state(folder)
+        state = None if restart else before
         if state is not None and is_finished(folder, state, options | {"image_root": fetch.image_root}, versions()):
             manifest = Manifest.load(folder)
             print(f"{folder}: this build is finished already, with {manifest.samples} samples")
             return manifest
         build = identify(options)
         place = stack.enter_context(_plan_place(folder))
-        plan = load_or_make_plan(source, place, build, samples_per_shard, seed, keep)
-        if not source.embedded:
-            _look_up_pictures(fetch.image_root, plan)
-        columns = _name_columns(source.extra_columns())
+        try:
+            plan = load_or_make_plan(source, place, build, samples_per_shard, seed, keep)
+            if not source.embedded:
+                _look_up_pictures(fetch.image_root, plan)
+        except UserError:
+            _remove_plan(folder)
+            raise
+        columns = {name: str(kind) for name, kind in source.extra_columns().items()}
         embedded = source if source.embedded else None
         recipe = _Recipe(folder, build, embedded, fetch, images, captions, samples_per_shard, columns)
         stems = name_shards(plan.shards)
         tasks = [_ShardTask(recipe, stem, plan.path(i), plan.count(i)) for i, stem in enumerate(stems)]
         tasks = tasks if task is None else tasks[task[0] - 1 :: task[1]]
         facts = {"image_root": fetch.image_root, "columns": columns, "fetch": asdict(fetch), **versions()}
+        if restart and before is not None:  # only now: input that cannot be used has been refused
+            remove_run(folder, before)
         prepare_folder(folder, stems, state, options, mine=[part.stem for part in tasks], **facts)
         started_s = time.monotonic()
         statistics, tried = _make_shards(tasks, processes)
@@ -217,9 +210,9 @@ def finish_build(out: str | Path) -> Manifest:
     return manifest
 
 
-def retry_failures(out: str | Path, processes: int | None = None, fetch: FetchOptions | None = None) -> Manifest:
+def retry_failures(out: str | Path, processes: int | None = None, **fetch: Any) -> Manifest:
     """Try again what failed for a reason that can heal (time-outs, server errors, names that were not found), and write
-    what comes as added shards; what is there stays untouched. `fetch` goes over the settings of the build.
+    what comes as added shards; what is there stays untouched. `fetch` goes over the build's own FetchOptions.
 
     Raises UserError for a folder without a finished build.
     """
@@ -232,16 +225,17 @@ def retry_failures(out: str | Path, processes: int | None = None, fetch: FetchOp
         if not samples:
             print(f"{folder}: none of its {manifest.failures} failures is of a kind that can heal")
             return manifest
-        options, settings = state["options"], fetch or FetchOptions(**state["fetch"])
+        options = state["options"]
+        settings = FetchOptions(**{**_tuples(state["fetch"]), **fetch})
         recipe = _Recipe(
             folder,
             f"{manifest.build}-{len(manifest.shards)}",
             None,
-            replace(settings, image_root=state["image_root"]),
+            settings,
             ImagePolicy(**_pick(options, "images")),
             CaptionPolicy(),  # the captions are clean already
             options["samples_per_shard"],
-            {name: tuple(column) for name, column in state["columns"].items()},
+            state["columns"],
         )
         size = options["samples_per_shard"]
         cuts = range(0, len(samples), size)
@@ -252,13 +246,13 @@ def retry_failures(out: str | Path, processes: int | None = None, fetch: FetchOp
             tasks.append(_ShardTask(recipe, stem, Path(work) / f"{stem}.parquet", len(part)))
             write_samples(tasks[-1].rows, part)
         folder.write_json(RETRY_NAME, {"shards": [f"{stem}.tar" for stem in stems]})
-        remove_leftovers(folder, stems)
+        remove_leftovers(folder, list_shard_files(stems))
         statistics, _ = _make_shards(tasks, processes)
         healed = [part for part in statistics if part["samples"]]
         for part in statistics:
             if not part["samples"]:
-                for suffix in (".tar", ".tar.idx", ".parquet", "_stats.json"):
-                    folder.remove(part["name"].removesuffix(".tar") + suffix)
+                for name in list_shard_files([part["name"].removesuffix(".tar")]):
+                    folder.remove(name)
         retried = [*manifest.options.get("retried", []), *(part["name"] for part in healed)]
         gained = sum(part["samples"] for part in healed)
         manifest = Manifest.of_shards(
@@ -287,13 +281,17 @@ def _flatten(section: str, policy: Any) -> dict[str, Any]:
 
 def _pick(options: dict[str, Any], section: str) -> dict[str, Any]:
     """The arguments that `_flatten` has described."""
-    values = {name.partition(".")[2]: value for name, value in options.items() if name.startswith(section + ".")}
+    return _tuples({name.partition(".")[2]: value for name, value in options.items() if name.startswith(section + ".")})
+
+
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    """The values with tuples where JSON has lists."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def versions() -> dict[str, str]:
     """The versions of what decodes and encodes pictures: one build is made by one set of them."""
-    return {name: importlib.metadata.version(name) for name in ("pillow", "simplejpeg")}
+    return {name: importlib.metadata.version(name) for name in ("opencv-python-headless", "pillow", "simplejpeg")}
 
 
 def _read_keep_list(path: Path) -> set[str]:
@@ -330,12 +328,6 @@ def _look_up_pictures(image_root: str, plan: Plan) -> None:
             f"{image_root}: none of the first {len(first)} pictures is here (such as {first[0]}). "
             "Give their folder as --image-root"
         )
-
-
-def _name_columns(columns: dict[str, pyarrow.DataType]) -> dict[str, tuple[str, str]]:
-    """For each other column of the input, its name in the sidecar (none of ours) and the name of its type."""
-    own = {name for name, _ in SIDECAR_FIELDS}
-    return {name: (f"source_{name}" if name in own else name, str(kind)) for name, kind in columns.items()}
 
 
 @contextmanager
@@ -410,7 +402,7 @@ def _build_shard(task: _ShardTask, report: Report) -> dict[str, Any]:
             key = f"{task.stem}{place:0{digits}d}"
             extra = json.loads(sample.extra) if sample.extra else {}
             row = {"key": key, "source": sample.source, "captions": sample.captions}
-            row |= {recipe.extra[column][0]: value for column, value in extra.items() if column in recipe.extra}
+            row |= extra
             try:
                 if not sample.captions:
                     raise PictureError("no caption", sample.refusals[0])
@@ -420,7 +412,7 @@ def _build_shard(task: _ShardTask, report: Report) -> dict[str, Any]:
                 row |= {"status": "failure", "error": str(error), "reason": error.reason}
             rows.append(row)
             report(1, row.get("reason", ""), row.get("size", 0))
-    write_sidecar(recipe.out, name, rows, recipe.schema)
+    sidecar_sha256 = write_sidecar(recipe.out, name, rows, recipe.schema)
     made = [row for row in rows if row["status"] == "success"]
     statistics = {
         **asdict(writer.info),
@@ -429,6 +421,7 @@ def _build_shard(task: _ShardTask, report: Report) -> dict[str, Any]:
         "captions": sum(len(row["captions"]) for row in made),
         "failures_by_reason": count(row["reason"] for row in rows if "reason" in row),
         "refused_captions": dict(sorted(refusals.items())),
+        "sidecar_sha256": sidecar_sha256,
     }
     recipe.out.write_json(f"{task.stem}_stats.json", statistics)
     return statistics
@@ -448,14 +441,15 @@ def _clean_captions(sample: Sample, policy: CaptionPolicy) -> None:
 def _read_pictures(recipe: _Recipe, samples: list[Sample]) -> Iterator[bytes | PictureError]:
     """The bytes of the pictures that have a caption, or why there are none, in order."""
     wanted = [sample for sample in samples if sample.captions]
-    if recipe.source is None:
-        yield from fetch_all([sample.source for sample in wanted], recipe.fetch)
-        return
-    for sample in wanted:
-        try:
-            yield recipe.source.read_embedded(sample.place)
-        except PictureError as error:
-            yield error
+    with closing(fetch_all([sample.source for sample in wanted if not sample.place], recipe.fetch)) as fetched:
+        for sample in wanted:
+            if not sample.place:
+                yield next(fetched)
+                continue
+            try:
+                yield recipe.source.read_embedded(sample.place)
+            except PictureError as error:
+                yield error
 
 
 def _add_sample(
@@ -493,13 +487,13 @@ def _add_sample(
 def _list_healable(manifest: Manifest, columns: dict[str, Any]) -> list[Sample]:
     """The samples whose last failure can heal, in dataset order. As many as there are, in memory."""
     failed: dict[str, Sample] = {}
-    names = ["source", "status", "error", "captions", *(name for name, _ in columns.values())]
+    names = ["source", "status", "error", "captions", *columns]
     for number in range(len(manifest.shards)):
         for row in manifest.read_sidecar(number, names, failures=True).to_pylist():
             if row["status"] == "success":
                 failed.pop(row["source"], None)
             elif row["error"].partition(": ")[0] in HEALABLE:
-                values = {column: row[name] for column, (name, _) in columns.items()}
+                values = {name: row[name] for name in columns if row[name] is not None}
                 extra = json.dumps(values, ensure_ascii=False) if values else ""
                 failed[row["source"]] = Sample(row["source"], row["captions"], [], extra, "")
             else:

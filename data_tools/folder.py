@@ -7,7 +7,7 @@ that the shard is complete; manifest.json, written last of all, says that the ru
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -109,7 +109,7 @@ def prepare_folder(
     foreign = [name for name in out.names() if name.endswith(".tar") and name not in own]
     if foreign:
         raise UserError(f"{out}: holds tars of another build (such as {min(foreign)}). Move them, or give a new folder")
-    remove_leftovers(out, stems if mine is None else mine)
+    remove_leftovers(out, own if mine is None else list_shard_files(mine))
     if state is None:
         shards = len(stems) if list(stems) == name_shards(len(stems)) else list(stems)
         out.write_json(STATE_NAME, {"format": STATE_FORMAT, "shards": shards, **facts, "options": options})
@@ -127,7 +127,7 @@ def remove_run(out: Folder, state: Mapping[str, Any]) -> None:
     own, there = _list_own_files(stems), set(out.names())
     for name in sorted(own & there, key=lambda name: (name != MANIFEST_NAME, name == STATE_NAME)):
         out.remove(name)
-    remove_leftovers(out, stems)
+    remove_leftovers(out, own)
 
 
 def list_retried(out: Folder) -> list[str]:
@@ -144,20 +144,15 @@ def list_retried(out: Folder) -> list[str]:
 
 def _list_own_files(stems: Sequence[str]) -> set[str]:
     """The names that a run with these shards may write."""
-    suffixes = (".tar", ".tar" + INDEX_SUFFIX, ".parquet", "_stats.json")
-    return {
-        MANIFEST_NAME,
-        SIZES_NAME,
-        CHECKSUMS_NAME,
-        STATE_NAME,
-        RETRY_NAME,
-        *(stem + suffix for stem in stems for suffix in suffixes),
-    }
+    return {MANIFEST_NAME, SIZES_NAME, CHECKSUMS_NAME, STATE_NAME, RETRY_NAME, *list_shard_files(stems)}
 
 
-def remove_leftovers(out: Folder, stems: Sequence[str]) -> None:
-    """Remove the temporary files of these shards that a killed run has left."""
-    own = _list_own_files(stems)
+def list_shard_files(stems: Sequence[str]) -> set[str]:
+    return {stem + suffix for stem in stems for suffix in (".tar", ".tar" + INDEX_SUFFIX, ".parquet", "_stats.json")}
+
+
+def remove_leftovers(out: Folder, own: set[str]) -> None:
+    """Remove the temporary files of these names that a killed run has left."""
     for name in out.names():
         if name.endswith(TEMPORARY_SUFFIX) and name.removesuffix(TEMPORARY_SUFFIX).rpartition(".")[0] in own:
             out.remove(name)
@@ -219,6 +214,13 @@ def write_sidecar(out: Folder, shard: str, rows: list[dict[str, Any]], schema: "
     content = sidecar.getvalue().to_pybytes()
     out.write(sidecar_name(shard), content)
     return hashlib.sha256(content).hexdigest()
+
+
+def read_sidecar_rows(manifest: Manifest, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The rows of all shards' sidecars in order, a shard at a time: of samples that count, and of failures. A column that
+    a sidecar does not have is None. Raises UserError for a sidecar that is missing or cannot be read."""
+    for number in range(len(manifest.shards)):
+        yield from manifest.read_sidecar(number, columns, failures=True, missing_ok=True).to_pylist()
 
 
 def select_info(statistics: Mapping[str, Any]) -> ShardInfo:

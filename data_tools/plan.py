@@ -152,7 +152,7 @@ def _to_table(rows: list[Row]) -> pyarrow.Table:
 
 def _check_names(connection: Any, source: Source, keep: set[str] | None) -> None:
     """Refuse an empty input; tell of names to keep that are not in it."""
-    if connection.execute("SELECT count(*) FROM rows").fetchone()[0] == 0:
+    if connection.execute("SELECT count(*) FROM rows").fetchall()[0][0] == 0:
         raise UserError(f"{source}: no rows. Give a table with a header and one row a caption")
     connection.execute("CREATE TABLE keep (image VARCHAR)")
     if keep is None:
@@ -181,24 +181,26 @@ def _order_samples(connection: Any, source: Source, seed: int | None, keep: set[
     order = "min(number)"
     if seed is not None:
         order = f"sha256('{int(seed)}/' || image)"
-        if source.embedded:
-            group = "regexp_replace(any_value(place), ':[^:]*$', '')"
-            order = f"sha256('{int(seed)}/' || {group}), {order}" if source.reads_by_group else order
+        if source.reads_by_group:
+            group = "regexp_replace(any_value(place), '/[^/]*$', '')"
+            order = f"sha256('{int(seed)}/' || {group}), {order}"
     where = "" if keep is None else "WHERE image IN (SELECT image FROM keep)"
     connection.execute(
         f"CREATE TABLE samples AS SELECT image, row_number() OVER (ORDER BY {order}, image) - 1 AS sample "
         f"FROM rows {where} GROUP BY image"
     )
-    return connection.execute("SELECT count(*) FROM samples").fetchone()[0]
+    return connection.execute("SELECT count(*) FROM samples").fetchall()[0][0]
 
 
 def _write_shards(connection: Any, plan: Plan) -> None:
     """Write the parquet file of each shard."""
     names = ", ".join(Row._fields)
-    reader = connection.execute(
+    ordered = connection.sql(
         f"SELECT (sample // {plan.samples_per_shard})::BIGINT AS shard, {names} FROM rows JOIN samples USING (image) "
         "ORDER BY sample, number"
-    ).to_arrow_reader(ROWS_AT_ONCE)
+    )
+    read = getattr(ordered, "to_arrow_reader", None) or ordered.fetch_arrow_reader  # the latter before DuckDB 2
+    reader = read(ROWS_AT_ONCE)
     current, writer = -1, None
     try:
         for batch in reader:

@@ -9,6 +9,7 @@ import time
 from data_tools.errors import UserError, run_command
 
 SPEAK_AFTER_S = 10
+LOST_SPEAK_AFTER_S = 30  # launchers end the others sooner
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -147,9 +148,9 @@ def as_rank(function) -> int:
     """Join the job, run `function(world)`, leave the job.
 
     A user's mistake is mostly found by all ranks at once. Rank 0 tells it; the others wait, to be ended with it, and
-    speak only if they are still there.
+    speak only if they are still there. So do those that lose a rank which has something to tell.
     """
-    from pretrain.world import connect, disconnect
+    from pretrain.world import connect, disconnect, is_lost_connection
 
     world = connect()
     try:
@@ -158,6 +159,11 @@ def as_rank(function) -> int:
         if not world.is_main:
             time.sleep(SPEAK_AFTER_S)
         raise
+    except RuntimeError as error:
+        if not is_lost_connection(error):
+            raise
+        time.sleep(LOST_SPEAK_AFTER_S)
+        raise UserError("another rank has ended; what it says of that is in its own output") from None
     finally:
         disconnect()
 

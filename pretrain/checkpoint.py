@@ -7,11 +7,13 @@ RUN/checkpoints/step_00000100/ holds DeepSpeed's sharded save (`deepspeed/`), th
 import json
 import logging
 import os
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -37,8 +39,10 @@ def read_state(folder: Path) -> dict[str, Any]:
     try:
         state = json.loads((folder / STATE).read_text())
         wrong = [name for name, size in state["files"].items() if (folder / name).stat().st_size != size]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder}: not a whole checkpoint: {error}") from None
+        for key in ("step", "loader", "config"):
+            state[key]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder}: not a whole checkpoint: {type(error).__name__}: {error}") from None
     if wrong:
         raise UserError(f"{folder}: not a whole checkpoint: {wrong[0]} has another size than when it was saved")
     return state
@@ -66,7 +70,12 @@ def load_weights(run: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if newest is None:
         raise UserError(f"{run}: holds no checkpoint. Give the run folder of a training run (its `run:` key)")
     folder, state = newest
-    return load_file(folder / WEIGHTS), state
+    try:
+        return load_file(folder / WEIGHTS), state
+    except SafetensorError as error:
+        raise UserError(
+            f"{folder / WEIGHTS}: damaged: {error}. Remove {folder}, and the checkpoint before it is used"
+        ) from None
 
 
 def gather_weights(engine: Any) -> dict[str, Tensor]:
@@ -91,9 +100,13 @@ def save(engine: Any, run: str | Path, step: int, state: dict[str, Any], keep: i
     parent = Path(run) / "checkpoints"
     final, temporary = parent / f"step_{step:08d}", parent / f"tmp_step_{step:08d}"
     if world.is_main:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        parent.mkdir(parents=True, exist_ok=True)
+        for unfinished in parent.glob("tmp_step_*"):  # of runs that were killed in mid-save
+            shutil.rmtree(unfinished, ignore_errors=True)
     check_free_space(engine, parent, world)
+    if world.is_main:
+        temporary.mkdir()
+    world.barrier()
     try:
         engine.save_checkpoint(str(temporary), tag=DEEPSPEED_TAG, save_latest=False)
         weights = gather_weights(engine)
@@ -142,10 +155,14 @@ def finish(temporary: Path, final: Path, state: dict[str, Any]) -> None:
 
 
 def restore(engine: Any, folder: Path) -> None:
-    """Load weights, moments and loss scale into the engine. Collective."""
-    loaded, _ = engine.load_checkpoint(str(folder), tag=DEEPSPEED_TAG)
+    """Load weights, moments and loss scale into the engine. Collective. Raises UserError for damaged files."""
+    try:
+        loaded, _ = engine.load_checkpoint(str(folder), tag=DEEPSPEED_TAG)
+    except (OSError, RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+        raise UserError(f"{folder}: damaged: {reason[0]}. Remove it, and the checkpoint before it is used") from error
     if loaded is None:
-        raise UserError(f"{folder}: DeepSpeed cannot load it")
+        raise UserError(f"{folder}: DeepSpeed cannot load it. Remove it, and the checkpoint before it is used")
 
 
 def check_same_run(state: dict[str, Any], now: dict[str, Any], folder: Path) -> None:

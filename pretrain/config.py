@@ -18,7 +18,13 @@ from data_tools.errors import UserError, suggest
 class ConfigModel(pydantic.BaseModel):
     """Base of every config section: no unknown keys, no silent conversions, no changes after loading."""
 
-    model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+    model_config = pydantic.ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+
+Count = Annotated[int, pydantic.Field(ge=1, lt=2**31)]
+Ratio = Annotated[float, pydantic.Field(gt=0)]
 
 
 class ConfigError(UserError):
@@ -105,7 +111,7 @@ def set_dotted(values: dict[str, Any], override: str) -> None:
     """Apply one `section.key=value` in place."""
     name, equals, text = override.partition("=")
     if not equals or not name:
-        raise ConfigError(f"override '{override}': write key=value, e.g. train.steps=100")
+        raise ConfigError(f"override '{override}': write key=value, e.g. train.batch_size=512")
     section = values
     *parents, key = name.split(".")
     for parent in parents:

@@ -19,6 +19,9 @@ class Batch:
     mask: Tensor  # [B,L] bool, True = a real token
     image_id: Tensor  # [B] int64, equal for the same picture
     text_id: Tensor  # [B] int64, equal for the same caption text
+    true_text_id: (
+        Tensor  # [B,C] int64, of all captions of the picture, the drawn one among them; repeated to fill the row
+    )
     position: np.ndarray  # [B] int64 places in the run's endless order of samples; stays on the host
     keys: list[str]  # sample keys, for naming what went wrong
 

@@ -23,6 +23,7 @@ from pretrain.train import RunConfig
 CONFIG = Path(__file__).parent.parent / "configs" / "demo.yaml"
 SCENES = 20_000  # drawn pictures to train on
 VAL_SCENES = 1_000
+SPLIT_SEED = 0
 VAL_PERCENT = 5  # of the user's own pictures, where no lists are given
 EXPORTS = ("open_clip", "huggingface", "native")
 
@@ -46,7 +47,8 @@ def run_demo(options: argparse.Namespace) -> int:
 def run_stages(options: argparse.Namespace) -> None:
     out = Path(options.out)
     config_path = Path(options.config or CONFIG)
-    overrides = [f"run={out / 'run'}", f"data.path={out / 'shards' / 'train'}", *options.overrides]
+    paths = {"run": out / "run", "data.path": out / "shards" / "train"}
+    overrides = [*(f"{key}={json.dumps(str(path))}" for key, path in paths.items()), *options.overrides]
     config = load_config(config_path, overrides, RunConfig)
     ranks = usable_ranks(options.ranks)
     check_inputs(options)
@@ -61,7 +63,11 @@ def run_stages(options: argparse.Namespace) -> None:
     say("evaluating")
     results_path = out / "retrieval.json"
     if not is_current(results_path, config.run):
-        shutil.rmtree(out / "exports", ignore_errors=True)  # of an earlier, shorter training
+        if results_path.exists():  # exports of an earlier, shorter training
+            for name in EXPORTS:
+                shutil.rmtree(out / "exports" / name, ignore_errors=True)
+        elif found := [name for name in EXPORTS if (out / "exports" / name).exists()]:
+            raise UserError(f"{out / 'exports' / found[0]}: not of this demo. Move it, or choose another --out")
         shards = str(out / "shards" / "val")
         evaluate = ["evaluate", "retrieval", "--run", config.run, "--shards", shards, "--json", str(results_path)]
         check(run_ranks(evaluate, ranks))
@@ -104,6 +110,9 @@ def check_inputs(options: argparse.Namespace) -> None:
         raise UserError("--train-list and --val-list go together; without both, the pictures are split 95 to 5")
     if options.train_list and not options.captions:
         raise UserError("--train-list and --val-list need --captions and --images")
+    for path in (options.captions, options.images, options.train_list, options.val_list):
+        if path and not Path(path).exists():
+            raise UserError(f"{path}: no such file or folder")
 
 
 def prepare_pictures(options: argparse.Namespace, out: Path) -> tuple[Path, Path, dict[str, Path]]:
@@ -121,11 +130,18 @@ def prepare_pictures(options: argparse.Namespace, out: Path) -> tuple[Path, Path
 
 
 def split_names(captions: Path, folder: Path) -> dict[str, Path]:
-    """Write the lists of a 95/5 split by a hash of each picture's name: the same pictures, the same split."""
+    """Write the lists of a 95/5 split by a hash of SPLIT_SEED and each picture's name: the same pictures, the same split.
+
+    Raises UserError for fewer than two pictures.
+    """
     from data_tools.sources import read_rows
 
     names = list(dict.fromkeys(row.image for row in read_rows(captions, "filename", "caption")))
-    ranked = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
+    if len(names) < 2:
+        raise UserError(
+            f"{captions}: {len(names)} pictures cannot be split into two sets. Give more, or give the lists"
+        )
+    ranked = sorted(names, key=lambda name: hashlib.sha256(f"{SPLIT_SEED}/{name}".encode()).digest())
     val_count = max(1, len(ranked) * VAL_PERCENT // 100)
     folder.mkdir(parents=True, exist_ok=True)
     lists = {"train": folder / "train.txt", "val": folder / "val.txt"}
@@ -157,6 +173,6 @@ def render_summary(out: Path, config: RunConfig, results: dict[str, Any]) -> str
         ("samples/s, median", f"{rates[len(rates) // 2]:.1f}"),
         ("shards", out / "shards"),
         ("run folder", config.run),
-        ("exports", f"{out / 'exports'}{os.sep}{{{','.join(EXPORTS)}}}"),
+        ("exports", f"{out / 'exports'}{os.sep}{{{','.join(n for n in EXPORTS if (out / 'exports' / n).exists())}}}"),
     ]
     return render_table(results) + "\n\n" + "\n".join(f"{name:<20}{value}" for name, value in rows)

@@ -103,6 +103,9 @@ def build_engine(model: nn.Module, config: EngineConfig, global_batch: int, worl
     deepspeed = import_deepspeed()
     if config.precision == "fp16" and not deepspeed.get_accelerator().is_fp16_supported():
         raise ConfigError("engine.precision: fp16 is not supported on this device; use bf16 or fp32")
+    if world.device.type == "cpu" and config.precision != "fp32":
+        # torch's fused attention for CPUs is not vectorised in 16 bits: its backward pass took half of a step's time.
+        torch.backends.cuda.enable_flash_sdp(False)  # despite its name, for CPUs too
     os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # DeepSpeed asks for it even in a job of one process
     deepspeed.init_distributed(
         "nccl" if world.device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False

@@ -25,7 +25,7 @@ def load_run(run: str | Path) -> LoadedRun:
     config = load_run_config(run)
     weights, state = load_weights(run)
     tokenizer = build_tokenizer(config.model.tokenizer, config.model.text.context_length)
-    model = build_model(config.model, tokenizer.vocab_size, config.seed).eval()
+    model = build_model(config.model, tokenizer, config.seed).eval()
     set_weights(model, weights, f"{run}: the checkpoint does not fit its config.yaml")
     return LoadedRun(model, tokenizer, config, state["step"])
 

@@ -64,7 +64,7 @@ class RunConfig(ConfigModel):
     """All of a run. Each section is described beside the code that it configures."""
 
     run: str  # folder for checkpoints, metrics and the resolved config
-    seed: int = pydantic.Field(default=0, ge=0)
+    seed: int = pydantic.Field(default=0, ge=0, lt=2**63)
     data: DataConfig
     model: ModelConfig
     losses: LossesConfig = LossesConfig()
@@ -90,7 +90,7 @@ def train(config: RunConfig, world: World) -> int:
     image_size, batch_size = config.model.image.image_size, config.train.batch_size
     loader = Loader(config.data, tokenizer, image_size, batch_size, config.seed, world)
     newest = find_checkpoint(config, world)
-    model = build_model(config.model, tokenizer.vocab_size, config.seed, world).train()
+    model = build_model(config.model, tokenizer, config.seed, world).train()
     engine = build_engine(model, config.engine, batch_size, world)
     step = restore(engine, loader, *newest) if newest else 0
     steps = config.train.steps(loader.manifest.samples)

@@ -36,6 +36,15 @@ class World:
         """[B, ...] of every rank -> [G, ...] in rank order. The gradient flows back to the rank that owns each row."""
         return x if self.size == 1 else _AllGather.apply(x, self)
 
+    def all_gather_padded(self, x: Tensor) -> Tensor:
+        """[B,C] of every rank, C its own -> [G, greatest C], without gradient; rows are filled with their first entry."""
+        if self.size == 1:
+            return x
+        width = torch.tensor([x.shape[1]])
+        dist.all_reduce(width, op=dist.ReduceOp.MAX, group=self.host_group)
+        missing = int(width) - x.shape[1]
+        return self.all_gather(torch.cat([x, x[:, :1].expand(-1, missing)], dim=1))
+
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum over ranks, with gradient."""
         return x if self.size == 1 else _AllReduce.apply(x)
@@ -141,6 +150,12 @@ def connect(timeout_s: int = 600) -> World:
         dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s))
     host_group = dist.new_group(backend="gloo") if size > 1 and device.type == "cuda" else None
     return World(rank, size, local_rank, device, host_group)
+
+
+def is_lost_connection(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank has gone."""
+    text = str(error)
+    return any(sign in text for sign in ("Connection closed by peer", "Connection reset by peer", "ncclRemoteError"))
 
 
 def disconnect() -> None:

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+MAX_PIXELS = 89_000_000  # as Pillow's own warning of decompression bombs
+
 
 class BadSample(Exception):
     """A sample whose bytes cannot be used; its text says why."""
@@ -25,14 +27,26 @@ def decode_image(encoded: bytes) -> np.ndarray:
     """
     if encoded[:2] == b"\xff\xd8":
         try:
-            if simplejpeg.decode_jpeg_header(encoded)[2] in ("YCbCr", "Gray", "RGB"):
+            height, width, colours = simplejpeg.decode_jpeg_header(encoded)[:3]
+            check_size(width, height)
+            if colours in ("YCbCr", "Gray", "RGB"):
                 return simplejpeg.decode_jpeg(encoded, colorspace="RGB")
         except ValueError as error:
             raise BadSample(f"not a whole JPEG: {error}") from None
     try:
-        return np.array(Image.open(io.BytesIO(encoded)).convert("RGB"))
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        picture = Image.open(io.BytesIO(encoded))
+        check_size(*picture.size)
+        return np.array(picture.convert("RGB"))
+    except Image.UnidentifiedImageError:
+        raise BadSample("not a picture of a known format") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise BadSample(f"not a readable picture: {error}") from None
+
+
+def check_size(width: int, height: int) -> None:
+    """Refuse, by the header alone, what would not fit into memory. Raises BadSample."""
+    if width * height > MAX_PIXELS:
+        raise BadSample(f"{width} x {height} pixels; at most {MAX_PIXELS:,} are decoded")
 
 
 def train_crop(image: np.ndarray, size: int, scale: list[float], flip: bool, generator: np.random.Generator) -> Tensor:

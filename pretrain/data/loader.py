@@ -56,6 +56,7 @@ class Sample:
 
     image: Tensor  # [3,S,S] uint8
     caption: str
+    captions: list[str]
     key: str
     position: int
 
@@ -167,7 +168,7 @@ class Loader:
         captions = read_captions(raw.fields)
         caption = captions[int(draw.integers(len(captions)))]
         image = train_crop(read_image(raw.fields), self.image_size, self.config.crop_scale, self.config.flip, draw)
-        return Sample(image, caption, raw.key, position)
+        return Sample(image, caption, captions, raw.key, position)
 
     def report_bad(self, index: int, error: Exception) -> None:
         self.skipped += 1
@@ -176,12 +177,15 @@ class Loader:
 
     def collate(self, samples: list[Sample]) -> Batch:
         ids, mask = self.tokenizer([sample.caption for sample in samples])
+        most = max(len(sample.captions) for sample in samples)
+        true_text_ids = [[*map(stable_id, sample.captions)] for sample in samples]
         batch = Batch(
             image=torch.stack([sample.image for sample in samples]),
             ids=ids,
             mask=mask,
             image_id=torch.tensor([stable_id(sample.key) for sample in samples]),
             text_id=torch.tensor([stable_id(sample.caption) for sample in samples]),
+            true_text_id=torch.tensor([row + row[:1] * (most - len(row)) for row in true_text_ids]),
             position=np.array([sample.position for sample in samples]),
             keys=[sample.key for sample in samples],
         )

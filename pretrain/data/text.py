@@ -37,6 +37,7 @@ class Tokenizer:
     vocab_size: int
     context_length: int
     inner: Any  # open_clip's SimpleTokenizer or a transformers tokenizer
+    end_id: int | None  # the id that ends every text; None: it differs, and a tower cannot pool there
 
     def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         if self.config.kind == "clip":
@@ -56,7 +57,7 @@ def build_tokenizer(config: ConfigModel, context_length: int) -> Tokenizer:
         from open_clip.tokenizer import SimpleTokenizer
 
         inner = SimpleTokenizer()
-        return Tokenizer(config, inner.vocab_size, context_length, inner)
+        return Tokenizer(config, inner.vocab_size, context_length, inner, end_id=inner.vocab_size - 1)
     from transformers import AutoTokenizer
 
     try:
@@ -70,4 +71,5 @@ def build_tokenizer(config: ConfigModel, context_length: int) -> Tokenizer:
     if inner.pad_token_id is None:
         raise ConfigError(f"model.tokenizer.name: '{config.name}' has no padding token; choose one that has")
     inner.padding_side = "right"
-    return Tokenizer(config, len(inner), context_length, inner)
+    last = {inner(text)["input_ids"][-1] for text in ("a", "b")}
+    return Tokenizer(config, len(inner), context_length, inner, end_id=last.pop() if len(last) == 1 else None)

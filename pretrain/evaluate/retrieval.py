@@ -68,6 +68,8 @@ class Embedded:
 
 def evaluate_run(run: str, shards: str, rerank: int, batch_size: int, json_path: str | None, world: World) -> int:
     """The command: measure `run` on the dataset `shards`, print a table, write `json_path`. Collective."""
+    if json_path and not Path(json_path).absolute().parent.is_dir():
+        raise UserError(f"--json {json_path}: its folder does not exist")
     loaded = load_run(run)
     data = Dataset(ShardReader(Manifest.load(shards)), loaded.config.model.image.image_size)
     if rerank and loaded.model.fusion is None:

@@ -83,6 +83,11 @@ def write(source: LoadedRun, folder: Path, final: Path) -> Guide:
             f"--to huggingface: transformers has no class for the image tower '{config.image.kind}' (model.image). "
             "Use --to open_clip or --to native"
         )
+    if config.text.kind == "clip" and source.tokenizer.end_id == 2:
+        raise UserError(
+            "--to huggingface: the tokenizer's end mark is id 2, for which transformers' CLIPModel pools at the largest id "
+            "instead (it mends an old mistake so). Use --to open_clip or --to native"
+        )
     prepare_torchvision()
     import transformers
 
@@ -133,11 +138,10 @@ def build_config(source: LoadedRun) -> Any:
             text_config=build_bert_config(source).to_dict(),
             projection_dim=config.embed_dim,
         )
-    # transformers pools at the first end mark; for id 2 it pools at the largest id instead, as the tower does whatever
-    # the tokenizer. The two are the same only for CLIP's own vocabulary, whose end mark is its largest id.
     marks = {"bos_token_id": vocab_size - 2, "eos_token_id": vocab_size - 1, "pad_token_id": 0}
     if config.tokenizer.kind != "clip":
-        marks = {"bos_token_id": None, "eos_token_id": 2, "pad_token_id": source.tokenizer.inner.pad_token_id}
+        padding = source.tokenizer.inner.pad_token_id
+        marks = {"bos_token_id": None, "eos_token_id": source.tokenizer.end_id, "pad_token_id": padding}
     words = transformers.CLIPTextConfig(
         vocab_size=vocab_size,
         max_position_embeddings=text.context_length,

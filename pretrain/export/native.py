@@ -149,7 +149,7 @@ def load(directory: str | Path, device: str | torch.device = "cpu") -> LoadedMod
     folder = Path(directory)
     config = read_config(folder)
     tokenizer = build_tokenizer(config.tokenizer, config.text.context_length)
-    model = build_model(config, tokenizer.vocab_size).eval()
+    model = build_model(config, tokenizer).eval()
     try:
         weights = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:

@@ -59,7 +59,7 @@ def write(source: LoadedRun, folder: Path, final: Path) -> Guide:
                 "such a '!' is not read."
             )
     else:
-        text |= config.text.open_clip_config()
+        text |= config.text.open_clip_config() | config.text.open_clip_pooling(tokenizer)
     if config.tokenizer.kind == "huggingface":
         tokenizer.inner.save_pretrained(folder)
         text["hf_tokenizer_name"] = "."  # for a local folder open_clip takes the folder itself, whatever stands here

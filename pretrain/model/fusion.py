@@ -9,7 +9,7 @@ import pydantic
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain.config import ConfigModel
+from pretrain.config import ConfigModel, Count, Ratio
 
 
 class Fused(NamedTuple):
@@ -21,10 +21,10 @@ class CrossAttentionConfig(ConfigModel):
     """Text attends to the image: layers of self-attention over text, cross-attention to image tokens, and an MLP."""
 
     kind: Literal["cross"]
-    width: int = 768
-    layers: int = pydantic.Field(default=6, ge=1)
-    heads: int = 12
-    mlp_ratio: float = 4.0
+    width: Count = 768
+    layers: Count = 6
+    heads: Count = 12
+    mlp_ratio: Ratio = 4.0
     dropout: float = pydantic.Field(default=0.0, ge=0, lt=1)
 
     @pydantic.model_validator(mode="after")
@@ -95,16 +95,22 @@ class CrossAttentionFusion(nn.Module):
         self.enter = nn.Linear(text_width, config.width)
         self.layers = nn.ModuleList(CrossAttentionLayer(config, image_width) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width)
+        self.pool = Attention(config.width, config.width, config.heads, config.dropout)
         initialise(self, config.layers)
 
     def forward(self, text: Tensor, text_mask: Tensor, image: Tensor) -> Fused:
-        """text [P,L,D_text], text_mask [P,L] bool, image [P,N,D_image] -> tokens [P,L,D] and their mean over real ones."""
+        """text [P,L,D_text], text_mask [P,L] bool, image [P,N,D_image] -> tokens [P,L,D] and pooled [P,D].
+
+        The pooled vector is the mean over real tokens and what that mean attends to among them: in the mean alone, the
+        one word that does not fit the image is lost among those that do.
+        """
         text = self.enter(text)
         for layer in self.layers:
             text = layer(text, text_mask, image)
         tokens = self.norm(text)
         share = text_mask.to(tokens.dtype)[..., None]
-        return Fused(tokens, (tokens * share).sum(1) / share.sum(1))
+        mean = (tokens * share).sum(1, keepdim=True) / share.sum(1, keepdim=True)
+        return Fused(tokens, (mean + self.pool(mean, tokens, text_mask))[:, 0])
 
 
 def initialise(fusion: nn.Module, layers: int) -> None:

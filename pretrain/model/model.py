@@ -9,9 +9,9 @@ import pydantic
 import torch
 from torch import Tensor, nn
 
-from pretrain.config import ConfigModel, union_by_kind
+from pretrain.config import ConfigModel, Count, union_by_kind
 from pretrain.contract import Batch, ModelOutput
-from pretrain.data.text import TOKENIZERS, ClipTokenizerConfig
+from pretrain.data.text import TOKENIZERS, ClipTokenizerConfig, Tokenizer
 from pretrain.model.fusion import FUSIONS
 from pretrain.model.negatives import draw_negatives, find_true_pairs
 from pretrain.model.towers import IMAGE_TOWERS, TEXT_TOWERS, Tower, unit
@@ -25,7 +25,7 @@ MAX_LOGIT_SCALE = 100.0
 
 
 class ModelConfig(ConfigModel):
-    embed_dim: int = pydantic.Field(default=512, ge=1)  # E, of both sides
+    embed_dim: Count = 512  # E, of both sides
     image: union_by_kind(IMAGE_TOWERS)
     text: union_by_kind(TEXT_TOWERS)
     tokenizer: union_by_kind(TOKENIZERS) = ClipTokenizerConfig()
@@ -50,11 +50,11 @@ class LogitScale(nn.Module):
 class ImageTextModel(nn.Module):
     """`model(batch)` returns a `ModelOutput`. Every rank calls the same modules in the same order."""
 
-    def __init__(self, config: ModelConfig, vocab_size: int, seed: int = 0, world: World | None = None):
+    def __init__(self, config: ModelConfig, tokenizer: Tokenizer, seed: int = 0, world: World | None = None):
         super().__init__()
         self.config, self.seed, self.world = config, seed, world or World()
         self.image_tower = config.image.build(config.embed_dim, self.world)
-        self.text_tower = config.text.build(config.embed_dim, vocab_size)
+        self.text_tower = config.text.build(config.embed_dim, tokenizer)
         self.logit_scale = LogitScale(config.init_logit_scale)
         self.fusion = self.match_head = None
         if config.fusion:
@@ -85,17 +85,15 @@ class ImageTextModel(nn.Module):
         """Fill in the match part: each own pair, each own image with a hard text, each own text with a hard image."""
         world, seed, share = self.world, self.seed, self.config.random_negatives
         with torch.no_grad():
-            true_pairs = find_true_pairs(
-                batch.image_id, batch.text_id, world.all_gather(batch.image_id), world.all_gather(batch.text_id)
-            )
+            image_pairs, text_pairs = find_true_pairs(batch, world)
             draws = [
                 torch.from_numpy(uniform(seed, purpose, batch.position)).to(batch.image.device)
                 for purpose in ("hard text", "hard image")
             ]
             text_scores = output.logit_scale * output.image_embed @ world.all_gather(output.text_embed).T
             image_scores = output.logit_scale * output.text_embed @ world.all_gather(output.image_embed).T
-            hard_text, has_text = draw_negatives(text_scores, true_pairs, draws[0], share)
-            hard_image, has_image = draw_negatives(image_scores, true_pairs, draws[1], share)
+            hard_text, has_text = draw_negatives(text_scores, image_pairs, draws[0], share)
+            hard_image, has_image = draw_negatives(image_scores, text_pairs, draws[1], share)
 
         all_image, all_text = world.all_gather(image.tokens), world.all_gather(text.tokens)
         all_mask = world.all_gather(batch.mask)
@@ -116,8 +114,8 @@ def normalise(image: Tensor) -> Tensor:
     return (image - mean) / std
 
 
-def build_model(config: ModelConfig, vocab_size: int, seed: int = 0, world: World | None = None) -> ImageTextModel:
+def build_model(config: ModelConfig, tokenizer: Tokenizer, seed: int = 0, world: World | None = None) -> ImageTextModel:
     """A model with the weights that `seed` gives, the same on every rank."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return ImageTextModel(config, vocab_size, seed, world)
+        return ImageTextModel(config, tokenizer, seed, world)

@@ -6,14 +6,22 @@ Shape legend: B pairs per rank, G = B x world.
 import torch
 from torch import Tensor
 
+from pretrain.contract import Batch
+from pretrain.world import World
 
-def find_true_pairs(image_id: Tensor, text_id: Tensor, all_image_id: Tensor, all_text_id: Tensor) -> Tensor:
-    """[B,G] bool: True where own row and column belong together, and so must never be taken as a negative.
 
-    That is so for the same picture (each of its captions is true) and for the same caption text (true of both pictures).
-    The relation is symmetric, hence serves image-to-text and text-to-image alike.
+def find_true_pairs(batch: Batch, world: World) -> tuple[Tensor, Tensor]:
+    """Which pairs belong together, and so must never be taken as negatives. Collective.
+
+    An image and a text do where the text is one of the image's captions, the drawn one or not, and where both were drawn
+    for the same picture.
+
+    Returns: own images with all texts [B,G] bool, own texts with all images [B,G] bool.
     """
-    return (image_id[:, None] == all_image_id[None]) | (text_id[:, None] == all_text_id[None])
+    same_picture = batch.image_id[:, None] == world.all_gather(batch.image_id)
+    with_text = (batch.true_text_id[:, :, None] == world.all_gather(batch.text_id)).any(1)
+    with_image = (batch.text_id[:, None, None] == world.all_gather_padded(batch.true_text_id)).any(-1)
+    return same_picture | with_text, same_picture | with_image
 
 
 def draw_negatives(scores: Tensor, true_pairs: Tensor, uniform: Tensor, random_share: float) -> tuple[Tensor, Tensor]:

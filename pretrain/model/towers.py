@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain.config import ConfigModel
+from pretrain.config import ConfigError, ConfigModel, Count, Ratio
+from pretrain.data.text import Tokenizer
 from pretrain.torchvision_ops import prepare_torchvision
 from pretrain.world import World
 
@@ -27,12 +28,12 @@ class VitConfig(ConfigModel):
     """open_clip's vision transformer."""
 
     kind: Literal["vit"]
-    image_size: int = 224  # pixels
-    patch_size: int = 16  # pixels
-    width: int = 768
-    layers: int = 12
-    head_width: int = 64
-    mlp_ratio: float = 4.0
+    image_size: Count = 224  # pixels
+    patch_size: Count = 16  # pixels
+    width: Count = 768
+    layers: Count = 12
+    head_width: Count = 64
+    mlp_ratio: Ratio = 4.0
     patch_dropout: float = pydantic.Field(default=0.0, ge=0, lt=1)
 
     @pydantic.model_validator(mode="after")
@@ -54,10 +55,10 @@ class ResNetConfig(ConfigModel):
     """open_clip's ResNet: three-convolution stem, antialiased strides, attention pooling."""
 
     kind: Literal["resnet"]
-    image_size: int = 224  # pixels
-    layers: list[int] = pydantic.Field(default=[3, 4, 6, 3], min_length=4, max_length=4)
-    width: int = 64
-    head_width: int = 64
+    image_size: Count = 224  # pixels
+    layers: list[Count] = pydantic.Field(default=[3, 4, 6, 3], min_length=4, max_length=4)
+    width: Count = 64
+    head_width: Count = 64
 
     @pydantic.model_validator(mode="after")
     def check_sizes(self) -> "ResNetConfig":
@@ -75,14 +76,14 @@ class ResNetConfig(ConfigModel):
 
 
 class ClipTextConfig(ConfigModel):
-    """open_clip's CLIP text transformer: causal, pooled at the end mark."""
+    """open_clip's CLIP text transformer: causal, pooled at the end mark of whatever tokenizer."""
 
     kind: Literal["clip"]
-    context_length: int = 77  # tokens
-    width: int = 512
-    heads: int = 8
-    layers: int = 12
-    mlp_ratio: float = 4.0
+    context_length: Count = 77  # tokens
+    width: Count = 512
+    heads: Count = 8
+    layers: Count = 12
+    mlp_ratio: Ratio = 4.0
 
     @pydantic.model_validator(mode="after")
     def check_sizes(self) -> "ClipTextConfig":
@@ -93,19 +94,28 @@ class ClipTextConfig(ConfigModel):
     def open_clip_config(self) -> dict:
         return self.model_dump(exclude={"kind"})
 
-    def build(self, embed_dim: int, vocab_size: int) -> nn.Module:
-        return ClipText(self, embed_dim, vocab_size)
+    def open_clip_pooling(self, tokenizer: Tokenizer) -> dict:
+        """CLIP's own vocabulary pools at the largest id, its end mark; another one at its first end mark."""
+        return {} if tokenizer.config.kind == "clip" else {"pool_type": "eos", "eos_id": tokenizer.end_id}
+
+    def build(self, embed_dim: int, tokenizer: Tokenizer) -> nn.Module:
+        if tokenizer.end_id is None:
+            raise ConfigError(
+                "model.text.kind: clip pools at the end mark, but this tokenizer ends texts with none. Use kind: bert, or "
+                "another tokenizer"
+            )
+        return ClipText(self, embed_dim, tokenizer)
 
 
 class BertConfig(ConfigModel):
     """A BERT encoder from transformers, trained from scratch, pooled at the first token."""
 
     kind: Literal["bert"]
-    context_length: int = 77  # tokens
-    width: int = 768
-    heads: int = 12
-    layers: int = 12
-    mlp_ratio: float = 4.0
+    context_length: Count = 77  # tokens
+    width: Count = 768
+    heads: Count = 12
+    layers: Count = 12
+    mlp_ratio: Ratio = 4.0
     dropout: float = pydantic.Field(default=0.1, ge=0, lt=1)
 
     @pydantic.model_validator(mode="after")
@@ -114,8 +124,8 @@ class BertConfig(ConfigModel):
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
         return self
 
-    def build(self, embed_dim: int, vocab_size: int) -> nn.Module:
-        return Bert(self, embed_dim, vocab_size)
+    def build(self, embed_dim: int, tokenizer: Tokenizer) -> nn.Module:
+        return Bert(self, embed_dim, tokenizer.vocab_size)
 
 
 IMAGE_TOWERS: dict[str, type[ConfigModel]] = {"vit": VitConfig, "resnet": ResNetConfig}
@@ -190,12 +200,15 @@ def use_global_batch_norm(module: nn.Module, world: World) -> nn.Module:
 
 
 class ClipText(nn.Module):
-    def __init__(self, config: ClipTextConfig, embed_dim: int, vocab_size: int):
+    def __init__(self, config: ClipTextConfig, embed_dim: int, tokenizer: Tokenizer):
         super().__init__()
         prepare_torchvision()
         from open_clip.model import CLIPTextCfg, _build_text_tower
 
-        settings = CLIPTextCfg(**config.open_clip_config(), vocab_size=vocab_size, output_tokens=True)
+        pooling = config.open_clip_pooling(tokenizer)
+        settings = CLIPTextCfg(
+            **config.open_clip_config(), **pooling, vocab_size=tokenizer.vocab_size, output_tokens=True
+        )
         self.inner = _build_text_tower(embed_dim, settings)
         self.width = config.width
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 
 from data_tools.build import build_shards
 from data_tools.errors import UserError
+from data_tools.image import ImagePolicy
 from data_tools.info import print_info
 from data_tools.shards import Manifest, ShardReader
 
@@ -37,7 +39,9 @@ def read_rows(out: Path) -> list[dict]:
 
 def test_a_build_holds_the_table(tmp_path, write_table):
     table, images = write_table(10)
-    manifest = build_shards(table, tmp_path / "out", images, samples_per_shard=4, resize=32, processes=1)
+    manifest = build_shards(
+        table, tmp_path / "out", images, samples_per_shard=4, images=ImagePolicy(resize=32), processes=1
+    )
     assert (manifest.samples, manifest.captions, manifest.failures) == (10, 20, 0)
     assert [shard.samples for shard in manifest.shards] == [4, 4, 2]
     samples = read_samples(tmp_path / "out")
@@ -71,6 +75,11 @@ def test_the_bytes_do_not_depend_on_the_processes(tmp_path, write_table, read_fo
     assert sorted(sources) != sources and len(set(sources)) == 30
     build_shards(table, tmp_path / "other", images, samples_per_shard=4, processes=1, seed=8)
     assert sources != [sample["source"] for sample in read_samples(tmp_path / "other")]
+
+
+def read_summary(printed: str) -> dict[str, str]:
+    """The closing table: what a number is of, and the number."""
+    return dict(re.findall(r"^ *(\S+(?: \S+)*?) {2,}([\d,]+)(?: |$)", printed, re.MULTILINE))
 
 
 def wait_for(path: Path, process: subprocess.Popen) -> None:
@@ -114,8 +123,9 @@ def test_a_killed_build_ends_with_the_same_bytes(tmp_path, write_table, read_fol
 
     again = run_data_tools("build", table, out, *options)
     assert again.returncode == 0, again.stderr
-    assert "going on," in again.stdout and "120 samples, 240 captions" in again.stdout
-    build_shards(table, tmp_path / "whole", images, samples_per_shard=10, resize=300, processes=1)
+    assert "going on," in again.stdout
+    assert read_summary(again.stdout) | {"samples": "120", "captions": "240"} == read_summary(again.stdout)
+    build_shards(table, tmp_path / "whole", images, samples_per_shard=10, images=ImagePolicy(resize=300), processes=1)
     assert read_folder(out) == read_folder(tmp_path / "whole")
 
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
@@ -136,7 +146,7 @@ def test_ctrl_c_ends_cleanly(tmp_path, write_table, start_data_tools, processes)
     assert process.returncode == 130
     assert stderr.splitlines()[-1] == "error: interrupted. Run the same command again to go on"
     assert "Traceback" not in stderr
-    assert not list((tmp_path / "out").glob("*.tmp"))
+    assert [path.name for path in (tmp_path / "out").glob("*.tmp")] == ["plan.tmp"]  # to go on from
 
 
 FULL_DISK = """
@@ -169,7 +179,7 @@ def test_a_full_disk_stops_and_a_second_run_goes_on(tmp_path, write_table, read_
     assert second.endswith("second 0\n"), run
     assert "the disk is full. Free space and run the same command again" in run.stderr
     assert "Traceback" not in run.stderr and len(run.stderr.splitlines()) == 1
-    assert ".tmp" not in second and "manifest.json" not in second and "going on" in second
+    assert ".tmp" not in second.replace("plan.tmp", "") and "manifest.json" not in second and "going on" in second
     build_shards(table, tmp_path / "whole", images, samples_per_shard=10, processes=1)
     assert read_folder(tmp_path / "copy") == read_folder(tmp_path / "whole")
 
@@ -191,8 +201,10 @@ def test_rows_of_one_image_become_one_sample_wherever_they_stand(tmp_path, write
     assert [row["error"] for row in read_rows(tmp_path / "out")] == [None, None, "no caption: empty caption"]
     assert json.loads((tmp_path / "out" / "00000_stats.json").read_bytes())["refused_captions"] == {"empty caption": 2}
     printed = capsys.readouterr().out
-    assert "failures: 1 (no caption 1); see the error column of" in printed
-    assert "captions refused: 2 (empty caption 2)" in printed
+    assert read_summary(printed) | {"failures": "1", "no caption": "1", "captions refused": "2"} == read_summary(
+        printed
+    )
+    assert "see the error column of the .parquet files" in printed and "empty caption" in printed
 
 
 def test_pictures_that_cannot_be_used_are_failures_with_a_reason(tmp_path, write_table):
@@ -243,8 +255,10 @@ def test_another_build_is_not_mixed_in(tmp_path, write_table, read_folder):
     out = tmp_path / "out"
     build_shards(table, out, images, samples_per_shard=2, processes=1)
     before = read_folder(out)
-    with pytest.raises(UserError, match="holds a build with resize 256, not 32; seed None, not 1. Give the same"):
-        build_shards(table, out, images, samples_per_shard=2, resize=32, seed=1, processes=1)
+    with pytest.raises(
+        UserError, match="holds a build with seed None, not 1; images.resize 256, not 32. Give the same"
+    ):
+        build_shards(table, out, images, samples_per_shard=2, images=ImagePolicy(resize=32), seed=1, processes=1)
     table.write_text(table.read_text().replace("one", "eins"))
     with pytest.raises(UserError, match="holds a build with input_sha256"):
         build_shards(table, out, images, samples_per_shard=2, processes=1)
@@ -294,7 +308,7 @@ def test_input_that_cannot_be_used_is_refused_before_anything_is_written(tmp_pat
     table.write_text("filename\tcaption\n")
     with pytest.raises(UserError, match="no rows"):
         build_shards(table, out, images)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(UserError, match="none.tsv: no such file or folder"):
         build_shards(tmp_path / "none.tsv", out, images)
     assert not out.exists() or os.listdir(out) == []
 
@@ -334,6 +348,6 @@ def test_info_fits_a_terminal(tmp_path, write_table, capsys):
     assert all(len(line) <= 80 for line in lines[1:])
     text = "\n".join(lines)
     assert "captions     7 (images with so many captions: 2: 2, 3: 1)" in text
-    assert "height px    min 64, median 65, max 66" in text
+    assert "height px    min 64, median 65, p95 66, max 66" in text
     assert "failures     1 (missing picture 1)" in text
     assert "  caption 0 one" in lines

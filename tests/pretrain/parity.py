@@ -6,6 +6,7 @@ import torch.distributed as dist
 
 from pretrain.config import check_config
 from pretrain.contract import Batch
+from pretrain.data.text import ClipTokenizerConfig, Tokenizer
 from pretrain.engine import EngineConfig, build_engine, learning_rate, set_learning_rate
 from pretrain.losses import LossesConfig, MatchingConfig, compute_losses
 from pretrain.model.model import ModelConfig, build_model
@@ -13,6 +14,7 @@ from pretrain.world import World
 
 GLOBAL_BATCH = 8
 VOCAB_SIZE = 49408
+TOKENIZER = Tokenizer(ClipTokenizerConfig(), VOCAB_SIZE, 12, None, end_id=VOCAB_SIZE - 1)
 LOSSES = LossesConfig(matching=MatchingConfig())
 IMAGE_TOWERS = {
     "vit": {"kind": "vit", "image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16},
@@ -52,6 +54,7 @@ def make_batch(config: ModelConfig, step: int, world: World) -> Batch:
         mask=(torch.arange(length) <= 8).expand(rows, length).contiguous(),
         image_id=image_id[own],
         text_id=text_id[own],
+        true_text_id=text_id[own][:, None],
         position=np.arange(GLOBAL_BATCH)[own] + step * GLOBAL_BATCH,
         keys=[str(row) for row in range(GLOBAL_BATCH)[own]],
     )
@@ -60,7 +63,7 @@ def make_batch(config: ModelConfig, step: int, world: World) -> Batch:
 def losses_and_gradients(world: World, image: str, text: str) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Losses and every parameter's gradient in float64, each averaged over the ranks."""
     config = model_config(image, text)
-    model = build_model(config, VOCAB_SIZE, 0, world).double().train()
+    model = build_model(config, TOKENIZER, 0, world).double().train()
     losses = compute_losses(LOSSES, model(make_batch(config, 0, world)), world)
     losses["total"].backward()
     means = {name: world.mean(loss).item() for name, loss in losses.items()}
@@ -106,7 +109,7 @@ def train_losses(world: World, stages: list[int], steps: int) -> dict[int, list[
         engine_config = EngineConfig(zero_stage=stage, precision="fp32", lr=1e-3, warmup_steps=3)
         if not dist.is_initialized():
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        model = build_model(config, VOCAB_SIZE, 0, world).train()
+        model = build_model(config, TOKENIZER, 0, world).train()
         engine = build_engine(model, engine_config, GLOBAL_BATCH, world)
         results[stage] = []
         for step in range(steps):

@@ -28,7 +28,7 @@ def evaluate(world: World, shards: str) -> dict[str, float]:
 def prepare(shards: str):
     config = load_config(TINY, [], RunConfig)
     tokenizer = build_tokenizer(config.model.tokenizer, config.model.text.context_length)
-    model = build_model(config.model, tokenizer.vocab_size, 0).eval()
+    model = build_model(config.model, tokenizer, 0).eval()
     torch.manual_seed(0)
     for parameter in model.fusion.parameters():  # a match head with opinions
         parameter.data.add_(0.3 * torch.randn_like(parameter))

@@ -1,14 +1,50 @@
+from types import SimpleNamespace
+
 import numpy as np
 import torch
+from ranks import run_on_ranks
 
 from pretrain.model.negatives import draw_negatives, find_true_pairs
 from pretrain.randomness import uniform
+from pretrain.world import World
+
+# (picture, drawn caption, all captions): a picture twice, two pictures that share a caption, and one on its own.
+PAIRS = [(1, 7, [7, 8]), (1, 8, [8, 7]), (2, 9, [9, 5]), (3, 6, [6, 9, 4]), (4, 5, [5]), (5, 3, [3])]
 
 
-def test_true_pairs_are_same_pictures_and_same_texts() -> None:
-    image_id, text_id = torch.tensor([1, 1, 2, 3]), torch.tensor([7, 8, 9, 9])
-    expected = torch.tensor([[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]], dtype=torch.bool)
-    assert (find_true_pairs(image_id, text_id, image_id, text_id) == expected).all()
+def true_pairs_of(world: World) -> tuple[list, list]:
+    own = PAIRS[world.rank :: world.size]
+    longest = max(len(captions) for _, _, captions in own)
+    batch = SimpleNamespace(
+        image_id=torch.tensor([image for image, _, _ in own]),
+        text_id=torch.tensor([text for _, text, _ in own]),
+        true_text_id=torch.tensor([row + row[:1] * (longest - len(row)) for _, _, row in own]),
+    )
+    return tuple(found.tolist() for found in find_true_pairs(batch, world))
+
+
+def test_true_pairs_are_same_pictures_and_any_of_their_captions() -> None:
+    with_text, with_image = true_pairs_of(World())
+    # Image 3 has caption 9, which was drawn for picture 2; image 2 has caption 5, which was drawn for picture 4.
+    expected = [
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [0, 0, 1, 0, 1, 0],
+        [0, 0, 1, 1, 0, 0],
+        [0, 0, 0, 0, 1, 0],
+        [0, 0, 0, 0, 0, 1],
+    ]
+    assert np.array(with_text, dtype=int).tolist() == expected
+    assert np.array(with_image, dtype=int).tolist() == np.transpose(expected).tolist()
+
+
+def test_true_pairs_are_found_across_ranks() -> None:
+    with_text, with_image = true_pairs_of(World())
+    order = [*range(0, 6, 2), *range(1, 6, 2)]  # the global batch in rank order
+    for rank, (own_text, own_image) in enumerate(run_on_ranks(true_pairs_of, 2)):
+        rows = range(rank, 6, 2)
+        assert own_text == [[with_text[row][column] for column in order] for row in rows]
+        assert own_image == [[with_image[row][column] for column in order] for row in rows]
 
 
 def test_draws_follow_the_weights_and_are_never_true_pairs() -> None:

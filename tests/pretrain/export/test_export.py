@@ -138,7 +138,7 @@ def write_run(run, key, shards, word_pieces):
     }
     config = check_config(values, RunConfig, "test")
     write_atomic(run / "config.yaml", render_config(config).encode())
-    model = build_model(config.model, build_tokenizer(config.model.tokenizer, 16).vocab_size)
+    model = build_model(config.model, build_tokenizer(config.model.tokenizer, 16))
     draw = torch.Generator().manual_seed(1)
     weights = model.state_dict()
     for name, value in weights.items():  # biases, gains and running statistics too, so that each has to go to its place

@@ -343,7 +343,6 @@ def _clean_shard(rules: _Rules, number: int, report: Report) -> dict[str, Any]:
         "failures": len(cleaned) - len(made),
         "captions": sum(len(row["captions"] or ()) for row in made),
         "failures_by_reason": count(row["error"].partition(": ")[0] for row in cleaned if row["status"] != "success"),
-        "sidecar_sha256": sidecar_sha256,
         "masked": dict(sorted(cleaner.masked.items())),
         "dropped": dict(sorted(cleaner.dropped.items())),
         "faces": cleaner.faces,

@@ -18,14 +18,15 @@ def main(arguments: list[str] | None = None) -> int:
         _add_finish,
         _add_retry,
         _add_info,
-        _add_dedup,
-        _add_tokenizer,
         _add_preview,
-        _add_privacy,
-        _add_index,
         _add_verify,
+        _add_index,
         _add_view,
         _add_reshard,
+        _add_dedup,
+        _add_score,
+        _add_privacy,
+        _add_tokenizer,
     ):
         add(commands)
     options = vars(parser.parse_args(arguments))
@@ -323,6 +324,36 @@ def _add_dedup(commands: argparse._SubParsersAction) -> None:
     command.set_defaults(run=_dedup)
 
 
+def _add_score(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "score",
+        help="score how well pictures and captions belong together, by a model",
+        description="Write the cosine of each picture with each of its captions, as a CLIP-like model embeds them, to a "
+        "parquet table; `view` can then select by it. A run that was interrupted goes on when the same command is run "
+        "again.",
+        epilog="example: python -m data_tools score shards --model runs/vit_b16/native --out scores.parquet && "
+        'python -m data_tools view shards good --join scores.parquet --where "clip_score > 0.2"',
+    )
+    command.add_argument("directory", metavar="DIR", help="dataset or view")
+    command.add_argument(
+        "--model",
+        required=True,
+        metavar="EXPORT",
+        help="folder of `python -m pretrain export --to native` or --to open_clip, or what open_clip loads: "
+        "local-dir:DIR, hf-hub:ORG/NAME, NAME:TAG (such as ViT-B-32:laion2b_s34b_b79k)",
+    )
+    command.add_argument("--out", metavar="FILE", help="table to write (default: DIR.scores.parquet, beside DIR)")
+    command.add_argument(
+        "--batch-size", type=int, default=64, metavar="N", help="pictures at a time (default: %(default)s)"
+    )
+    command.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU where there is one"
+    )
+    command.add_argument("--threads", type=int, metavar="N", help="decoding threads (default: one a processor)")
+    command.add_argument("--json", action="store_true", dest="as_json", help="print the outcome as JSON")
+    command.set_defaults(run=_score)
+
+
 def _add_tokenizer(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
         "tokenizer",
@@ -515,6 +546,12 @@ def _dedup(**options) -> None:
     from data_tools.dedup import print_duplicates
 
     print_duplicates(**options)
+
+
+def _score(**options) -> None:
+    from data_tools.score import print_scores
+
+    print_scores(**options)
 
 
 def _tokenizer(**options) -> None:

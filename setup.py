@@ -13,8 +13,13 @@ setup(
         "transformers>=4.57",
         "open_clip_torch>=3.2",
         "webdataset>=1.0",
+        "aiohttp>=3.12",
         "braceexpand",
+        "duckdb>=1.5",
+        "fsspec>=2023.10",
+        "ftfy>=6.1",
         "numpy>=1.26",
+        "opencv-python-headless>=4.8,<5",  # 5 has no Haar cascades
         "pillow>=10.1",
         "pyarrow>=15",
         "pydantic>=2.7",
@@ -22,10 +27,11 @@ setup(
         "safetensors>=0.4.3",
         "simplejpeg>=1.7.3",
         "tensorboard>=2.15",
+        "tokenizers>=0.20",
         "tqdm>=4.66",
     ],
     extras_require={
-        "test": ["pytest>=8", "ruff"],
+        "test": ["hypothesis>=6.100", "pytest>=8", "ruff"],
         "bench": ["pandas"],
     },
 )

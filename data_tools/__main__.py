@@ -24,6 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
         _add_view,
         _add_reshard,
         _add_dedup,
+        _add_score,
         _add_privacy,
         _add_tokenizer,
     ):
@@ -171,133 +172,6 @@ def _add_info(commands: argparse._SubParsersAction) -> None:
     command.set_defaults(run=_info)
 
 
-def _add_dedup(commands: argparse._SubParsersAction) -> None:
-    command = commands.add_parser(
-        "dedup",
-        help="find duplicate pictures and captions, and samples of evaluation sets",
-        description="Find samples that are duplicates of one another (or of evaluation sets), and write them to a "
-        "parquet file, one row a sample. Nothing is deleted: a view leaves them out.",
-        epilog="example: python -m data_tools dedup train --against coco-test --out dups.parquet && "
-        'python -m data_tools view train train-clean --where "keep is not false" --join dups.parquet',
-    )
-    command.add_argument("directory", metavar="DIR", help="a finished build, or a view of one")
-    command.add_argument(
-        "--against",
-        nargs="+",
-        default=[],
-        metavar="EVALSET",
-        help="also mark samples of DIR that are in these datasets",
-    )
-    command.add_argument("--out", metavar="FILE", help="parquet file to write (default: DIR.duplicates.parquet)")
-    command.add_argument(
-        "--kinds",
-        nargs="+",
-        choices=("bytes", "pixels", "near", "caption"),
-        default=["bytes", "pixels", "near", "caption"],
-        metavar="KIND",
-        help="what to look for: bytes, pixels, near, caption (default: all; without pixels and near, no picture is "
-        "decoded)",
-    )
-    command.add_argument(
-        "--distance",
-        type=int,
-        default=6,
-        metavar="N",
-        help="near: bits of 64 in which the hashes of two pictures may differ, 0 to 12 (default: %(default)s)",
-    )
-    command.add_argument(
-        "--caption-similarity",
-        type=float,
-        default=0.8,
-        metavar="X",
-        help="caption: the share of pairs of words that two texts must have in common (default: %(default)s)",
-    )
-    command.add_argument("--processes", type=int, metavar="N", help="worker processes (default: one a processor)")
-    command.add_argument("--json", action="store_true", dest="as_json", help="print the counts as JSON")
-    command.set_defaults(run=_dedup)
-
-
-def _add_tokenizer(commands: argparse._SubParsersAction) -> None:
-    command = commands.add_parser(
-        "tokenizer",
-        help="train a tokeniser on the captions",
-        description="Train a tokeniser on all captions of a dataset, in any language, and save it as a folder that "
-        "transformers' AutoTokenizer loads. The same captions make the same files.",
-        epilog="example: python -m data_tools tokenizer train tokenizer-20k --vocab-size 20000",
-    )
-    command.add_argument("directory", metavar="DIR", help="a finished build, or a view of one")
-    command.add_argument("out", metavar="OUT", help="folder to write: new or empty")
-    command.add_argument("--vocab-size", type=int, required=True, metavar="N", help="entries, special tokens included")
-    command.add_argument(
-        "--kind",
-        choices=("wordpiece", "bpe"),
-        default="wordpiece",
-        help="as BERT's or RoBERTa's (default: %(default)s)",
-    )
-    command.add_argument(
-        "--lowercase", action=argparse.BooleanOptionalAction, default=True, help="lower all letters (default: yes)"
-    )
-    command.add_argument("--json", action="store_true", dest="as_json", help="print the facts as JSON")
-    command.set_defaults(run=_tokenizer)
-
-
-def _add_preview(commands: argparse._SubParsersAction) -> None:
-    command = commands.add_parser(
-        "preview",
-        help="write a page with sample pictures, captions and histograms of a shard folder",
-        description="Write one HTML file that needs no other: thumbnails with captions of samples drawn by seed, "
-        "histograms of sizes, shapes and caption lengths, and failures by reason. It holds no scripts.",
-        epilog="example: python -m data_tools preview shards/ shards.html --count 48",
-    )
-    command.add_argument("directory", metavar="DIR", help="folder that `build` wrote")
-    command.add_argument("out", metavar="OUT.html", help="file to write")
-    command.add_argument("--count", type=int, default=60, metavar="N", help="samples to show (default: %(default)s)")
-    command.add_argument("--seed", type=int, default=0, help="other seeds draw other samples (default: %(default)s)")
-    command.set_defaults(run=_preview)
-
-
-def _add_privacy(commands: argparse._SubParsersAction) -> None:
-    command = commands.add_parser(
-        "privacy",
-        help="copy a shard folder without personal data: captions masked, faces blurred, opt-outs removed",
-        description="Write a shard folder anew, shard for shard, without personal data. Captions: e-mail and IP "
-        "addresses, phone and card numbers and social handles are found by their shape; names and street addresses "
-        "are not. Faces: OpenCV's Haar cascades find upright frontal and side faces; they miss small, tilted, covered "
-        "and dark ones, and blur some things that are no faces. Where faces must be gone, find them with a stronger "
-        "detector and give its --boxes. A run that was interrupted goes on when the same command is run again.",
-        epilog="example: python -m data_tools privacy shards/ clean/ --remove opt-outs.txt",
-    )
-    command.add_argument("directory", metavar="DIR", help="folder that `build` wrote; it is not changed")
-    command.add_argument("out", metavar="OUT", help="folder to write: new, empty, or with an unfinished run")
-    command.add_argument(
-        "--captions",
-        choices=("mask", "drop", "keep"),
-        default="mask",
-        help="put [email], [phone], ... in their place, drop such samples, or leave captions (default: %(default)s)",
-    )
-    command.add_argument(
-        "--faces",
-        choices=("blur", "keep"),
-        default="blur",
-        help="hide faces for good, with margins; only changed pictures are encoded again (default: %(default)s)",
-    )
-    command.add_argument(
-        "--boxes",
-        metavar="FILE.parquet",
-        help="hide these instead of what OpenCV finds: key, x, y, width, height in pixels of the stored picture",
-    )
-    command.add_argument(
-        "--remove",
-        nargs="+",
-        action="extend",
-        metavar="FILE",
-        help="lists of what has to go: one key, source, URL or SHA-256 of a stored picture a line",
-    )
-    command.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
-    _add_work_options(command)
-    command.set_defaults(run=_privacy)
-
-
 def _add_index(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
         "index",
@@ -402,6 +276,163 @@ def _add_reshard(commands: argparse._SubParsersAction) -> None:
 def _add_report_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--processes", type=int, metavar="N", help="worker processes (default: one a processor)")
     command.add_argument("--json", action="store_true", dest="as_json", help="print the outcome as JSON")
+
+
+def _add_dedup(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "dedup",
+        help="find duplicate pictures and captions, and samples of evaluation sets",
+        description="Find samples that are duplicates of one another (or of evaluation sets), and write them to a "
+        "parquet file, one row a sample. Nothing is deleted: a view leaves them out.",
+        epilog="example: python -m data_tools dedup train --against coco-test --out dups.parquet && "
+        'python -m data_tools view train train-clean --where "keep is not false" --join dups.parquet',
+    )
+    command.add_argument("directory", metavar="DIR", help="a finished build, or a view of one")
+    command.add_argument(
+        "--against",
+        nargs="+",
+        default=[],
+        metavar="EVALSET",
+        help="also mark samples of DIR that are in these datasets",
+    )
+    command.add_argument("--out", metavar="FILE", help="parquet file to write (default: DIR.duplicates.parquet)")
+    command.add_argument(
+        "--kinds",
+        nargs="+",
+        choices=("bytes", "pixels", "near", "caption"),
+        default=["bytes", "pixels", "near", "caption"],
+        metavar="KIND",
+        help="what to look for: bytes, pixels, near, caption (default: all; without pixels and near, no picture is "
+        "decoded)",
+    )
+    command.add_argument(
+        "--distance",
+        type=int,
+        default=6,
+        metavar="N",
+        help="near: bits of 64 in which the hashes of two pictures may differ, 0 to 12 (default: %(default)s)",
+    )
+    command.add_argument(
+        "--caption-similarity",
+        type=float,
+        default=0.8,
+        metavar="X",
+        help="caption: the share of pairs of words that two texts must have in common (default: %(default)s)",
+    )
+    command.add_argument("--processes", type=int, metavar="N", help="worker processes (default: one a processor)")
+    command.add_argument("--json", action="store_true", dest="as_json", help="print the counts as JSON")
+    command.set_defaults(run=_dedup)
+
+
+def _add_score(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "score",
+        help="score how well pictures and captions belong together, by a model",
+        description="Write the cosine of each picture with each of its captions, as a CLIP-like model embeds them, to a "
+        "parquet table; `view` can then select by it. A run that was interrupted goes on when the same command is run "
+        "again.",
+        epilog="example: python -m data_tools score shards --model runs/vit_b16/native --out scores.parquet && "
+        'python -m data_tools view shards good --join scores.parquet --where "clip_score > 0.2"',
+    )
+    command.add_argument("directory", metavar="DIR", help="dataset or view")
+    command.add_argument(
+        "--model",
+        required=True,
+        metavar="EXPORT",
+        help="folder of `python -m pretrain export --to native` or --to open_clip, or what open_clip loads: "
+        "local-dir:DIR, hf-hub:ORG/NAME, NAME:TAG (such as ViT-B-32:laion2b_s34b_b79k)",
+    )
+    command.add_argument("--out", metavar="FILE", help="table to write (default: DIR.scores.parquet, beside DIR)")
+    command.add_argument(
+        "--batch-size", type=int, default=64, metavar="N", help="pictures at a time (default: %(default)s)"
+    )
+    command.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU where there is one"
+    )
+    command.add_argument("--threads", type=int, metavar="N", help="decoding threads (default: one a processor)")
+    command.add_argument("--json", action="store_true", dest="as_json", help="print the outcome as JSON")
+    command.set_defaults(run=_score)
+
+
+def _add_tokenizer(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "tokenizer",
+        help="train a tokeniser on the captions",
+        description="Train a tokeniser on all captions of a dataset, in any language, and save it as a folder that "
+        "transformers' AutoTokenizer loads. The same captions make the same files.",
+        epilog="example: python -m data_tools tokenizer train tokenizer-20k --vocab-size 20000",
+    )
+    command.add_argument("directory", metavar="DIR", help="a finished build, or a view of one")
+    command.add_argument("out", metavar="OUT", help="folder to write: new or empty")
+    command.add_argument("--vocab-size", type=int, required=True, metavar="N", help="entries, special tokens included")
+    command.add_argument(
+        "--kind",
+        choices=("wordpiece", "bpe"),
+        default="wordpiece",
+        help="as BERT's or RoBERTa's (default: %(default)s)",
+    )
+    command.add_argument(
+        "--lowercase", action=argparse.BooleanOptionalAction, default=True, help="lower all letters (default: yes)"
+    )
+    command.add_argument("--json", action="store_true", dest="as_json", help="print the facts as JSON")
+    command.set_defaults(run=_tokenizer)
+
+
+def _add_preview(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "preview",
+        help="write a page with sample pictures, captions and histograms of a shard folder",
+        description="Write one HTML file that needs no other: thumbnails with captions of samples drawn by seed, "
+        "histograms of sizes, shapes and caption lengths, and failures by reason. It holds no scripts.",
+        epilog="example: python -m data_tools preview shards/ shards.html --count 48",
+    )
+    command.add_argument("directory", metavar="DIR", help="folder that `build` wrote")
+    command.add_argument("out", metavar="OUT.html", help="file to write")
+    command.add_argument("--count", type=int, default=60, metavar="N", help="samples to show (default: %(default)s)")
+    command.add_argument("--seed", type=int, default=0, help="other seeds draw other samples (default: %(default)s)")
+    command.set_defaults(run=_preview)
+
+
+def _add_privacy(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "privacy",
+        help="copy a shard folder without personal data: captions masked, faces blurred, opt-outs removed",
+        description="Write a shard folder anew, shard for shard, without personal data. Captions: e-mail and IP "
+        "addresses, phone and card numbers and social handles are found by their shape; names and street addresses "
+        "are not. Faces: OpenCV's Haar cascades find upright frontal and side faces; they miss small, tilted, covered "
+        "and dark ones, and blur some things that are no faces. Where faces must be gone, find them with a stronger "
+        "detector and give its --boxes. A run that was interrupted goes on when the same command is run again.",
+        epilog="example: python -m data_tools privacy shards/ clean/ --remove opt-outs.txt",
+    )
+    command.add_argument("directory", metavar="DIR", help="folder that `build` wrote; it is not changed")
+    command.add_argument("out", metavar="OUT", help="folder to write: new, empty, or with an unfinished run")
+    command.add_argument(
+        "--captions",
+        choices=("mask", "drop", "keep"),
+        default="mask",
+        help="put [email], [phone], ... in their place, drop such samples, or leave captions (default: %(default)s)",
+    )
+    command.add_argument(
+        "--faces",
+        choices=("blur", "keep"),
+        default="blur",
+        help="hide faces for good, with margins; only changed pictures are encoded again (default: %(default)s)",
+    )
+    command.add_argument(
+        "--boxes",
+        metavar="FILE.parquet",
+        help="hide these instead of what OpenCV finds: key, x, y, width, height in pixels of the stored picture",
+    )
+    command.add_argument(
+        "--remove",
+        nargs="+",
+        action="extend",
+        metavar="FILE",
+        help="lists of what has to go: one key, source, URL or SHA-256 of a stored picture a line",
+    )
+    command.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
+    _add_work_options(command)
+    command.set_defaults(run=_privacy)
 
 
 def _add_work_options(command: argparse._ActionsContainer) -> None:
@@ -515,6 +546,12 @@ def _dedup(**options) -> None:
     from data_tools.dedup import print_duplicates
 
     print_duplicates(**options)
+
+
+def _score(**options) -> None:
+    from data_tools.score import print_scores
+
+    print_scores(**options)
 
 
 def _tokenizer(**options) -> None:

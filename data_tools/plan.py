@@ -213,8 +213,7 @@ def _write_shards(connection: Any, plan: Plan) -> None:
         f"SELECT (sample // {plan.samples_per_shard})::BIGINT AS shard, {names} FROM rows JOIN samples USING (image) "
         "ORDER BY sample, number"
     )
-    read = getattr(ordered, "to_arrow_reader", None) or ordered.fetch_arrow_reader  # the latter before DuckDB 2
-    reader = read(ROWS_AT_ONCE)
+    reader = ordered.to_arrow_reader(ROWS_AT_ONCE)
     current, writer = -1, None
     try:
         for batch in reader:

@@ -8,10 +8,10 @@ import json
 import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from data_tools.errors import UserError
-from data_tools.foreign_tar import DEVICE, FILE, FOLDER, LINK, Member, read_headers
 from data_tools.image import PictureError
 from data_tools.inputs import (
     CAPTION_COLUMNS,
@@ -37,7 +37,7 @@ from data_tools.inputs import (
     plain_name,
     read_lines,
 )
-from data_tools.tar import TarError
+from data_tools.tar import DEVICE, FILE, FOLDER, LINK, Member, TarError, read_headers
 
 if TYPE_CHECKING:
     import pyarrow
@@ -312,7 +312,7 @@ class TarSource(_RecordSource):
             group_start = None
             count = 0
             try:
-                for member in read_headers(stream):
+                for member in read_headers(partial(_read_range, stream), stream.seek(0, 2)):
                     if digest is not None:
                         digest.update(repr((member.name, member.kind, member.size)).encode())
                     if member.kind != FILE:
@@ -381,7 +381,7 @@ class TarSource(_RecordSource):
             texts = {name: text for other in group.values() for name, text in other.items()} if only else {}
             texts |= members
             texts = {name: text for name, text in texts.items() if not self._is_picture(name)}
-            place = f"{number}:{picture.data_offset}:{picture.size}"
+            place = f"{number}:{picture.start}:{picture.size}"
             yield self._read_record(file, stream, texts, digest)._replace(place=place, location=clean_text(location))
 
     def _read_record(self, file: InputFile, stream: BinaryIO, texts: Mapping[str, Member], digest: Any) -> _Record:
@@ -389,7 +389,7 @@ class TarSource(_RecordSource):
             return self._refuse("", f"caption file of more than {MAX_TEXT_FILE_BYTES} bytes")
         contents = {}
         for name in texts:
-            stream.seek(texts[name].data_offset)
+            stream.seek(texts[name].start)
             contents[name] = stream.read(texts[name].size)
             if digest is not None:
                 digest.update(contents[name])
@@ -407,6 +407,11 @@ class TarSource(_RecordSource):
         if len(data) < size:
             raise PictureError("tar cut short", f"{path} has {len(data)} of {size} bytes at {offset}")
         return data
+
+
+def _read_range(stream: BinaryIO, start: int, end: int) -> bytes:
+    stream.seek(start)
+    return stream.read(end - start)
 
 
 _REFUSED_MEMBERS = {LINK: "link in a tar", DEVICE: "device in a tar"}

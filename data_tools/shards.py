@@ -178,14 +178,14 @@ class Manifest:
                 )
             wanted = None
             if columns is not None:
-                wanted = ["caption" if column in made_up else column for column in ("status", *columns)]
-                wanted = [column for column in dict.fromkeys(wanted) if column not in missing]
+                names = ("caption" if column in made_up else column for column in ("status", *columns))
+                wanted = [*dict.fromkeys(name for name in names if name in there)]
             table = file.read(columns=wanted)
             for column in missing:
                 table = table.append_column(column, pyarrow.nulls(len(table)))
         except FileNotFoundError:
             if self._lies_in_quarantine(number):
-                return self._empty_sidecar(columns)
+                return self._empty_sidecar(columns, missing_ok)
             raise UserError(
                 f"{folder.locate(name)}: no such sidecar. Make it with `python -m data_tools index --sidecars`, "
                 "or restore it from a copy"
@@ -194,12 +194,12 @@ class Manifest:
             if isinstance(error, OSError) and error.errno is not None:
                 raise  # of the storage; pyarrow's own have no number
             if self._lies_in_quarantine(number):
-                return self._empty_sidecar(columns)
+                return self._empty_sidecar(columns, missing_ok)
             raise UserError(f"{folder.locate(name)}: not readable as parquet: {error}. Restore it") from None
         made = np.array([status == "success" for status in table.column("status").to_pylist()], dtype=bool)
         if made.sum() != shard.samples:
             if self._lies_in_quarantine(number):
-                return self._empty_sidecar(columns)
+                return self._empty_sidecar(columns, missing_ok)
             raise UserError(
                 f"{folder.locate(name)}: tells of {made.sum()} samples, the tar holds {shard.samples}. Restore it"
             )
@@ -236,9 +236,9 @@ class Manifest:
     def _lies_in_quarantine(self, number: int) -> bool:
         return bool(self.shards[number].samples) and self.counts[number] == 0 and self.samples > 0
 
-    def _empty_sidecar(self, columns: Sequence[str] | None) -> "pyarrow.Table":
+    def _empty_sidecar(self, columns: Sequence[str] | None, missing_ok: bool) -> "pyarrow.Table":
         """No rows, with the columns of a shard that counts."""
-        return self.read_sidecar(int(np.argmax(self.counts > 0)), columns).slice(0, 0)
+        return self.read_sidecar(int(np.argmax(self.counts > 0)), columns, missing_ok=missing_ok).slice(0, 0)
 
     @classmethod
     def load(cls, place: str | Path | Folder) -> "Manifest":
@@ -536,8 +536,8 @@ def statistics_name(shard: str) -> str:
 
 
 def find_captions(fields: Mapping[str, bytes]) -> list[str]:
-    """All captions of a sample: `captions` (or `caption`) of its .json, else its .txt. Raises ValueError for bytes that
-    are not text."""
+    """All captions of a sample: `captions` (or `caption`) of its .json, else its .txt. Raises ValueError for what is
+    no text."""
     try:
         content = json.loads(fields["json"]) if "json" in fields else None
     except RecursionError:
@@ -549,9 +549,9 @@ def find_captions(fields: Mapping[str, bytes]) -> list[str]:
             captions = [content["caption"]]
     if captions is None and "txt" in fields:
         captions = [fields["txt"].decode("utf-8")]
-    if not isinstance(captions, list):
-        return []
-    return [caption for caption in captions if isinstance(caption, str) and caption.strip()]
+    if not isinstance(captions or [], list) or not all(isinstance(caption, str) for caption in captions or []):
+        raise ValueError("`captions` in its json is not a list of texts")
+    return [caption for caption in captions or [] if caption.strip()]
 
 
 def _parse_index(folder: Folder, shard: ShardInfo) -> np.ndarray:

@@ -2,8 +2,12 @@
 
 A member is a header of 512 bytes and its data, padded with zeros to a multiple of 512. `mtime` is 0, the owner is
 0/0 without names and the mode is 0644, so nothing of the host or the hour gets into a shard. An archive ends with two
-blocks of zeros. What others write is read too: PAX and GNU headers, long names, folders between the files.
-Sources: POSIX.1-1988 (ustar), POSIX.1-2001 (pax), the GNU tar manual.
+blocks of zeros.
+
+What others write is read too: USTAR, GNU, PAX and the old V7 archives, by their headers alone. Nothing is unpacked, and a
+name is only a name: it is never used as a path, so `../x` and `/etc/x` can do no harm.
+
+Sources: POSIX.1-1988 (ustar), POSIX.1-2017 (pax), the GNU tar 1.35 manual ("Basic Tar Format").
 """
 
 import re
@@ -18,20 +22,39 @@ MAX_MEMBER_BYTES = 8**11 - 1
 _HEADER_AFTER_MODE = b"0000000\0" + b"0000000\0"  # owner and group number
 _HEADER_AFTER_CHECKSUM = b"0" + bytes(100) + b"ustar\x0000" + bytes(32) + bytes(32) + bytes(8) + bytes(8) + bytes(167)
 _EMPTY_CHECKSUM = b" " * 8
-_REGULAR, _PAX, _PAX_GLOBAL, _GNU_NAME, _GNU_LINK, _FOLDER = (b"0\0", b"x", b"g", b"L", b"K", b"5")
-_MAX_EXTENSION_BYTES = 2**20
+_ZEROS = bytes(BLOCK_BYTES)
+
+MAX_EXTENSION_BYTES = 2**20
+"""A longer name or PAX header is refused: it would be held in memory."""
+
+FILE, FOLDER, LINK, DEVICE, OTHER = "file", "folder", "link", "device", "other"
+_KINDS = {
+    **dict.fromkeys((b"0", b"\0", b"7"), FILE),
+    **dict.fromkeys((b"1", b"2"), LINK),
+    **dict.fromkeys((b"3", b"4", b"6"), DEVICE),
+    b"5": FOLDER,
+    b"D": FOLDER,
+}
+_WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")
+_GNU_LONG_NAME, _GNU_LONG_LINK, _GNU_SPARSE, _GNU_LABEL = b"L", b"K", b"S", b"V"
+_PAX, _PAX_GLOBAL, _PAX_SOLARIS = b"x", b"g", b"X"
 _OF_A_SAMPLE = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
 _OF_NO_SAMPLE = re.compile(r"__[^/]*__($|/)")
 
 
 class Member(NamedTuple):
-    """One regular file of an archive: `offset` is where its first header begins, `end` where the next member does."""
+    """One member of an archive. `offset` is where its first header starts, those of a long name or of PAX included."""
 
-    name: str
+    name: str  # bytes that are not UTF-8 as \\xNN
+    kind: str  # FILE, ...
     offset: int
     start: int  # of its data
     size: int
-    end: int
+
+    @property
+    def end(self) -> int:
+        """Behind the padded data: where the next member starts."""
+        return self.start + self.size + -self.size % BLOCK_BYTES
 
 
 class TarError(ValueError):
@@ -61,47 +84,80 @@ def render_member(name: str, data: bytes) -> bytes:
     )
 
 
-def walk_members(read: Callable[[int, int], bytes], total: int, is_part: bool = False) -> Generator[Member, None, int]:
-    """The regular files of an archive of `total` bytes, in order; `read(start, end)` gives bytes of it.
+def read_headers(read: Callable[[int, int], bytes], total: int, is_part: bool = False) -> Generator[Member, None, int]:
+    """The members of an archive of `total` bytes, of any kind, in order; `read(start, end)` gives bytes of it.
 
     Only headers are read, and every one's checksum is verified. The walk ends at the archive's end blocks, which a part
-    of an archive must not have, and returns where. Raises TarError for a damaged header, a link or a device, and for data that ends too
-    early.
+    of an archive must not have, or with its bytes, and returns where. Raises TarError, with the offset, for a damaged
+    header and where the bytes end too early; what came before is good. Only the padding of the last member may be cut
+    short: the end that is returned then lies beyond `total`.
     """
-    position, offset = 0, 0
-    name = size = None  # what an extension header says of the member that follows it
+    position = 0
+    start = None  # of the member that extension headers have begun
+    extension: dict[str, bytes] = {}
+    if total == 0 and not is_part:
+        raise TarError("the file is empty", 0)
     while position < total:
         header = read(position, position + BLOCK_BYTES)
-        if header == bytes(BLOCK_BYTES) and not is_part:
-            return position
-        kind, own_name, own_size = _parse_header(header, position)
-        start = position + BLOCK_BYTES
-        if kind in _REGULAR and size is not None:
-            own_size = size
-        end = start + own_size + -own_size % BLOCK_BYTES
-        if start + own_size > total:
-            raise TarError(f"member {own_name} has {own_size} bytes of data, but {total - start} follow", position)
-        if kind in (_PAX, _GNU_NAME):
-            if own_size > _MAX_EXTENSION_BYTES:
-                raise TarError(f"an extension header of {own_size} bytes", position)
-            data = read(start, start + own_size)
-            if kind == _GNU_NAME:
-                name = data.rstrip(b"\0").decode("utf-8", "backslashreplace")
-            else:
-                records = _parse_pax(data, position)
-                name = records.get("path", name)
-                size = _parse_size(records["size"], position) if "size" in records else size
-        elif kind in _REGULAR:
-            yield Member(name or own_name, offset, start, own_size, end)
-            name, size, offset = None, None, end
-        elif kind == _FOLDER:
-            name, size, offset = None, None, end
-        elif kind == _PAX_GLOBAL:
-            offset = end if offset == position else offset  # of no member, as tarfile (and so Energon) has it
-        elif kind != _GNU_LINK:
-            raise TarError(f"member {own_name!r} is not a regular file (kind {kind.decode('latin-1')!r})", position)
-        position = end
+        if not is_part and header == _ZEROS:
+            break
+        kind, size, name = _parse_header(header, position)
+        if kind in _WITHOUT_DATA:
+            size = 0  # some writers give a link the size of its target
+        data_start = position + BLOCK_BYTES
+        if kind == _PAX_GLOBAL:  # belongs to no member, as tarfile (and so Energon) has it; nothing in it counts here
+            _check_extension(data_start, size, total, position)
+            position = data_start + size + -size % BLOCK_BYTES
+            continue
+        start = position if start is None else start
+        if kind in (_GNU_LONG_NAME, _GNU_LONG_LINK, _PAX, _PAX_SOLARIS):
+            _check_extension(data_start, size, total, position)
+            if kind == _GNU_LONG_NAME:
+                extension["path"] = read(data_start, data_start + size)
+            elif kind != _GNU_LONG_LINK:
+                extension |= _parse_pax(read(data_start, data_start + size), position)
+            position = data_start + size + -size % BLOCK_BYTES
+            continue
+        is_sparse = kind == _GNU_SPARSE or any(key.startswith("GNU.sparse.") for key in extension)
+        if kind == _GNU_SPARSE:
+            data_start = _skip_sparse_map(read, header, data_start)
+        if "size" in extension and kind not in _WITHOUT_DATA:
+            size = _parse_decimal(extension["size"], start)
+        name = extension.get("path", name).partition(b"\0")[0]
+        if data_start + size > total:
+            follow = max(0, total - data_start)
+            raise TarError(f"member {_decode(name)!r} has {size} bytes of data, but {follow} follow", start)
+        if kind != _GNU_LABEL:
+            word = OTHER if is_sparse else _KINDS.get(kind, OTHER)
+            if word == FILE and name.endswith(b"/"):
+                word = FOLDER  # as V7 archives have it
+            yield Member(_decode(name), word, start, data_start, size)
+        position = data_start + size + -size % BLOCK_BYTES
+        start = None
+        if extension:
+            extension = {}
+    if start is not None:
+        raise TarError("the archive ends after a header that belongs to another", start)
     return position
+
+
+def walk_members(read: Callable[[int, int], bytes], total: int, is_part: bool = False) -> Generator[Member, None, int]:
+    """The regular files among what `read_headers` finds, for archives that hold nothing else but folders.
+
+    Raises TarError as that does, and for a link, a device and what is no regular file otherwise.
+    """
+    members = read_headers(read, total, is_part)
+    while True:
+        try:
+            member = next(members)
+        except StopIteration as stop:
+            return stop.value
+        if member.kind == FILE:
+            yield member
+        elif member.kind != FOLDER:
+            raise TarError(
+                f"member {member.name!r} is not a regular file but of the kind: {member.kind}", member.offset
+            )
 
 
 def parse_members(data: bytes) -> dict[str, bytes]:
@@ -130,41 +186,72 @@ def split_name(name: str) -> tuple[str, str]:
     return folder + slash + key, extension.lower()
 
 
-def _parse_header(header: bytes, position: int) -> tuple[bytes, str, int]:
-    """Return the member's kind, its name and its size in bytes."""
+def _parse_header(header: bytes, position: int) -> tuple[bytes, int, bytes]:
+    """Return the type, the size of the data in bytes, and the name."""
     if len(header) < BLOCK_BYTES:
         raise TarError(f"the header has {len(header)} of {BLOCK_BYTES} bytes", position)
-    try:
-        stored = int(header[148:156].strip(b" \0"), 8)
-        size = int.from_bytes(header[125:136], "big") if header[124] == 0x80 else int(header[124:136].strip(b" \0"), 8)
-    except ValueError:
-        raise TarError("the header is damaged: its size or checksum cannot be read", position) from None
-    if stored != sum(header) - sum(header[148:156]) + sum(_EMPTY_CHECKSUM):
-        raise TarError("the header is damaged: its checksum does not match", position)
-    name = header[:MAX_NAME_BYTES].partition(b"\0")[0].decode("utf-8", "backslashreplace")
+    stored = _parse_number(header[148:156])
+    computed = sum(header) - sum(header[148:156]) + sum(_EMPTY_CHECKSUM)
+    if stored != computed:
+        # Some old writers summed signed bytes.
+        checked = header[:148] + header[156:]
+        if stored != computed - 256 * sum(byte > 127 for byte in checked):
+            raise TarError("the header is damaged: its checksum does not match", position)
+    size = _parse_number(header[124:136])
+    if size is None or size < 0:
+        raise TarError("the header is damaged: its size cannot be read", position)
+    name = header[:MAX_NAME_BYTES].partition(b"\0")[0]
     if header[257:263] == b"ustar\0" and header[345] != 0:
-        name = header[345:500].partition(b"\0")[0].decode("utf-8", "backslashreplace") + "/" + name
-    if header[257:262] != b"ustar" or not name or size < 0:
-        raise TarError(f"member {name!r} is not a regular USTAR file", position)
-    return header[156:157], name, size
+        name = header[345:500].partition(b"\0")[0] + b"/" + name
+    return header[156:157], size, name
 
 
-def _parse_pax(data: bytes, position: int) -> dict[str, str]:
-    """The records of a PAX header: "LENGTH KEYWORD=VALUE\\n", the length counting the whole record."""
-    records, place = {}, 0
+def _parse_number(field: bytes) -> int | None:
+    """Octal digits, or a number of base 256 when the first bit is set (GNU)."""
+    if field[0] in (0x80, 0xFF):
+        return int.from_bytes(field[1:], "big") - (256 ** (len(field) - 1) if field[0] == 0xFF else 0)
+    digits = field.strip(b" \0")
+    if not digits:
+        return 0
+    return int(digits, 8) if digits.isdigit() and not digits.strip(b"01234567") else None
+
+
+def _parse_decimal(text: bytes, position: int) -> int:
+    if not text.isdigit() or len(text) > 20:
+        raise TarError("the PAX header is damaged: its size cannot be read", position)
+    return int(text)
+
+
+def _check_extension(start: int, size: int, total: int, position: int) -> None:
+    if size > MAX_EXTENSION_BYTES:
+        raise TarError(f"a header of {size} bytes for a name, at most {MAX_EXTENSION_BYTES} are read", position)
+    if start + size > total:
+        raise TarError("the file ends in a header", position)
+
+
+def _parse_pax(data: bytes, position: int) -> dict[str, bytes]:
+    """Records `LENGTH KEY=VALUE\\n`, where LENGTH counts the whole record."""
+    records = {}
+    place, data = 0, data.rstrip(b"\0")
     while place < len(data):
-        digits, space, _ = data[place : place + 20].partition(b" ")
-        if not space or not digits.isdigit() or int(digits) <= len(digits) + 1 or place + int(digits) > len(data):
-            raise TarError("a PAX header is damaged", position)
-        keyword, equals, value = data[place + len(digits) + 1 : place + int(digits) - 1].partition(b"=")
-        if not equals:
-            raise TarError("a PAX header is damaged", position)
-        records[keyword.decode("utf-8", "backslashreplace")] = value.decode("utf-8", "backslashreplace")
-        place += int(digits)
+        digits = data[place : place + 20].partition(b" ")[0]
+        end = place + int(digits) if digits.isdigit() else place
+        key, equals, value = data[place + len(digits) + 1 : end].partition(b"=")
+        if end > len(data) or not equals or not value.endswith(b"\n"):
+            raise TarError("the PAX header is damaged", position)
+        records[_decode(key)] = value[:-1]
+        place = end
     return records
 
 
-def _parse_size(text: str, position: int) -> int:
-    if not text.isascii() or not text.isdigit():
-        raise TarError("a PAX header is damaged: its size is not a number", position)
-    return int(text)
+def _skip_sparse_map(read: Callable[[int, int], bytes], header: bytes, start: int) -> int:
+    """Where the data of a GNU sparse file starts: after the blocks that go on with the map of its holes."""
+    more = header[482:483].strip(b"\0")
+    while more:
+        more = read(start + 504, start + 505).strip(b"\0")
+        start += BLOCK_BYTES
+    return start
+
+
+def _decode(name: bytes) -> str:
+    return name.decode("utf-8", errors="backslashreplace")

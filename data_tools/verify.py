@@ -727,7 +727,8 @@ def _print(verdict: Verdict, as_json: bool, quarantine: bool) -> None:
         size = format_bytes(verdict.bytes)
         print(f"{verdict.directory}: all is well: {verdict.samples} samples, {size} in {verdict.shards} tars{left_out}")
         return
-    print(f"{verdict.directory}: {len(verdict.problems)} problems in {verdict.shards} shards{left_out}")
+    count = len(verdict.problems)
+    print(f"{verdict.directory}: {count} problem{'s' * (count > 1)} in {verdict.shards} shards{left_out}")
     if quarantine:
         print(
             f"{verdict.directory}: {verdict.newly_quarantined} samples put into {QUARANTINE_NAME}; readers leave them out"

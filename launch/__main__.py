@@ -4,12 +4,11 @@ import argparse
 import sys
 
 from data_tools.errors import run_command
-from launch import slurm
-from launch.job import JobConfig, build_command
-from pretrain.config import load_config
+from launch import slurm, slurm_array
+from launch.job import build_command, load_job
 
 # A backend is a module with `render(job, command)`, which returns text, and `submit(job, command)`.
-BACKENDS = {"slurm": slurm}
+BACKENDS = {"slurm": slurm, "slurm_array": slurm_array}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -18,7 +17,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m launch", description="Run training jobs on a cluster.")
+    parser = argparse.ArgumentParser(prog="python -m launch", description="Run training and data jobs on a cluster.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, function, text in (
         ("render", render_job, "print the script that submit would submit"),
@@ -32,12 +31,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def render_job(config: str, overrides: list[str]) -> None:
-    job = load_config(config, overrides, JobConfig)
+    job = load_job(config, overrides)
     print(BACKENDS[job.kind].render(job, build_command(job)), end="")
 
 
 def submit_job(config: str, overrides: list[str]) -> None:
-    job = load_config(config, overrides, JobConfig)
+    job = load_job(config, overrides)
     BACKENDS[job.kind].submit(job, build_command(job))
 
 

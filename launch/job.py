@@ -1,27 +1,19 @@
-"""What a job is: the keys of a job file, and the command that each of its ranks runs."""
+"""What a job is: the keys of a job file, and the command that it runs."""
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from data_tools.errors import suggest
-from pretrain.config import ConfigError, ConfigModel, read_yaml, set_dotted
+from pretrain.config import ConfigError, ConfigModel, check_config, read_yaml, set_dotted
 
 # Options of sbatch that a script must not set twice, and the key that sets each. None: it would break the script.
 _OWNED_OPTIONS = {
     "job-name": "name",
-    "nodes": "nodes",
-    "ntasks": "nodes and gpus_per_node",
-    "ntasks-per-node": "gpus_per_node",
-    "gpus": "nodes and gpus_per_node",
-    "gpus-per-node": "gpus_per_node",
-    "cpus-per-task": "cpus_per_gpu",
-    "mem": "memory_gib_per_node",
     "time": "time_limit_min",
-    "signal": "save_before_end_s",
     "requeue": "requeue",
     "no-requeue": "requeue",
     "partition": "partition",
@@ -34,13 +26,33 @@ _OWNED_OPTIONS = {
     "error": "output",
     "chdir": "working_directory",
     "open-mode": None,
-    "array": None,
     "wrap": None,
+}
+_OWNED_OPTIONS_OF_RANKS = {
+    "nodes": "nodes",
+    "ntasks": "nodes and gpus_per_node",
+    "ntasks-per-node": "gpus_per_node",
+    "gpus": "nodes and gpus_per_node",
+    "gpus-per-node": "gpus_per_node",
+    "cpus-per-task": "cpus_per_gpu",
+    "mem": "memory_gib_per_node",
+    "signal": "save_before_end_s",
+    "array": None,
     "gpus-per-task": None,  # each rank would see one GPU, and local rank 1 would ask for one that is not there
+}
+_OWNED_OPTIONS_OF_ARRAYS = {
+    "array": "tasks and max_running",
+    "cpus-per-task": "cpus_per_task",
+    "mem": "memory_gib",
+    "kill-on-invalid-dep": None,  # without it the last job would wait for ever for a task that has failed
+    "nodes": None,
+    "ntasks": None,
+    "ntasks-per-node": None,
 }
 
 # Variables by which a rank knows its place: the script sets them for each rank.
-_OWNED_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK")
+_OWNED_VARIABLES_OF_RANKS = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK")
+TASK, TASKS = "{task}", "{tasks}"
 
 
 def check_name(name: str) -> str:
@@ -82,26 +94,17 @@ Word = Annotated[str, AfterValidator(check_word)]
 Directive = Annotated[str, Field(min_length=1), AfterValidator(check_directive)]
 
 
-class JobConfig(ConfigModel):
-    """A job file. `configs/launch/slurm.yaml` and `docs/launch.md` explain each key for its users."""
+class SlurmConfig(ConfigModel):
+    """The keys that every kind of job on Slurm has. `docs/launch.md` explains each key for its users."""
 
-    kind: Literal["slurm"] = "slurm"
+    owned_options: ClassVar[dict[str, str | None]]
+    owned_variables: ClassVar[tuple[str, ...]] = ()
+
+    kind: str
     name: Annotated[str, AfterValidator(check_name)]
-
-    # What each rank runs: `python -m pretrain train CONFIG key=value ...`, or any command.
-    config: Annotated[Word, Field(min_length=1)] | None = None
-    overrides: list[Word] = []
-    command: Annotated[list[Word] | None, Field(min_length=1, validate_default=True)] = None
-    python: Annotated[Word, Field(min_length=1)] = "python3"
     working_directory: Directive | None = None
     setup: list[Word] = []
     environment: dict[str, Annotated[Word, BeforeValidator(number_to_text)]] = {}
-
-    # On what.
-    nodes: int = Field(ge=1)
-    gpus_per_node: int = Field(ge=1)
-    cpus_per_gpu: int = Field(default=8, ge=1)
-    memory_gib_per_node: int | None = Field(default=None, ge=0)
     partition: Directive | None = None
     account: Directive | None = None
     qos: Directive | None = None
@@ -109,13 +112,55 @@ class JobConfig(ConfigModel):
     exclude: Directive | None = None
     reservation: Directive | None = None
     extra_sbatch: dict[str, Annotated[str, BeforeValidator(flag_to_text), AfterValidator(check_directive)]] = {}
-
-    # How long, and what then.
     time_limit_min: int = Field(ge=1)
-    save_before_end_s: Annotated[int, Field(ge=0, le=65535, validate_default=True)] = 300  # 65535: Slurm's limit
     requeue: bool = True
-    max_requeues: int = Field(default=30, ge=0)
     output: Annotated[Directive, AfterValidator(check_output)] = "runs/slurm"
+
+    @pydantic.field_validator("environment")
+    @classmethod
+    def check_environment(cls, environment: dict[str, str]) -> dict[str, str]:
+        for name in environment:
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+                raise ValueError(f"{name!r} is not the name of an environment variable")
+            if name in cls.owned_variables or name.startswith("SLURM_"):
+                raise ValueError(f"{name} is set by Slurm or the script; leave it out")
+        return environment
+
+    @pydantic.field_validator("extra_sbatch")
+    @classmethod
+    def check_extra_sbatch(cls, options: dict[str, str]) -> dict[str, str]:
+        for option in options:
+            if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", option):
+                raise ValueError(f"{option!r} is not a long option of sbatch; write it without dashes in front")
+            if option in cls.owned_options:
+                key = cls.owned_options[option]
+                raise ValueError(f"--{option} " + (f"is written from {key}; set that" if key else "breaks the script"))
+        return options
+
+
+class JobConfig(SlurmConfig):
+    """A job of ranks, one a GPU. `configs/launch/slurm.yaml` shows each key."""
+
+    owned_options = _OWNED_OPTIONS | _OWNED_OPTIONS_OF_RANKS
+    owned_variables = _OWNED_VARIABLES_OF_RANKS
+
+    kind: Literal["slurm"] = "slurm"
+
+    # What each rank runs: `python -m pretrain train CONFIG key=value ...`, or any command.
+    config: Annotated[Word, Field(min_length=1)] | None = None
+    overrides: list[Word] = []
+    command: Annotated[list[Word] | None, Field(min_length=1, validate_default=True)] = None
+    python: Annotated[Word, Field(min_length=1)] = "python3"
+
+    # On what.
+    nodes: int = Field(ge=1)
+    gpus_per_node: int = Field(ge=1)
+    cpus_per_gpu: int = Field(default=8, ge=1)
+    memory_gib_per_node: int | None = Field(default=None, ge=0)
+
+    # What happens before and after the time limit.
+    save_before_end_s: Annotated[int, Field(ge=0, le=65535, validate_default=True)] = 300  # 65535: Slurm's limit
+    max_requeues: int = Field(default=30, ge=0)
 
     @pydantic.field_validator("command")
     @classmethod
@@ -126,27 +171,6 @@ class JobConfig(ConfigModel):
         if command is not None and overrides:
             raise ValueError("overrides belong to config; write the arguments of a command into the command")
         return command
-
-    @pydantic.field_validator("environment")
-    @classmethod
-    def check_environment(cls, environment: dict[str, str]) -> dict[str, str]:
-        for name in environment:
-            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-                raise ValueError(f"{name!r} is not the name of an environment variable")
-            if name in _OWNED_VARIABLES or name.startswith("SLURM_"):
-                raise ValueError(f"{name} is set by Slurm and the script for each rank; leave it out")
-        return environment
-
-    @pydantic.field_validator("extra_sbatch")
-    @classmethod
-    def check_extra_sbatch(cls, options: dict[str, str]) -> dict[str, str]:
-        for option in options:
-            if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", option):
-                raise ValueError(f"{option!r} is not a long option of sbatch; write it without dashes in front")
-            if option in _OWNED_OPTIONS:
-                key = _OWNED_OPTIONS[option]
-                raise ValueError(f"--{option} " + (f"is written from {key}; set that" if key else "breaks the script"))
-        return options
 
     @pydantic.field_validator("save_before_end_s")
     @classmethod
@@ -159,11 +183,57 @@ class JobConfig(ConfigModel):
         return seconds
 
 
-def build_command(job: JobConfig) -> list[str]:
-    """The command of each rank, as words."""
+class ArrayConfig(SlurmConfig):
+    """Tasks that share nothing but a folder, and a last job when all have succeeded. `configs/launch/build.yaml` shows
+    each key."""
+
+    owned_options = _OWNED_OPTIONS | _OWNED_OPTIONS_OF_ARRAYS
+
+    kind: Literal["slurm_array"]
+
+    command: list[Word] = Field(min_length=1)  # {task} and {tasks} in it; without {task}, --task {task}/{tasks} follows
+    then: Annotated[list[Word], Field(min_length=1)] | None = None
+    tasks: int = Field(ge=1)
+    max_running: int | None = Field(default=None, ge=1)
+    cpus_per_task: int = Field(default=8, ge=1)
+    memory_gib: int | None = Field(default=None, ge=0)
+
+    @pydantic.field_validator("then")
+    @classmethod
+    def check_then(cls, then: list[str] | None) -> list[str] | None:
+        if then and any(TASK in word for word in then):
+            raise ValueError(f"runs once, after all tasks, so there is no {TASK} for it")
+        return then
+
+
+JOBS: dict[str, type[SlurmConfig]] = {"slurm": JobConfig, "slurm_array": ArrayConfig}
+
+
+def load_job(path: str | Path, overrides: list[str]) -> SlurmConfig:
+    """Read a job file, with `key=value` overrides, as its `kind:` says (without one: slurm). Raises ConfigError."""
+    values = read_yaml(path)
+    for override in overrides:
+        set_dotted(values, override)
+    kind = values.get("kind", "slurm")
+    if not isinstance(kind, str) or kind not in JOBS:
+        raise ConfigError(f"{path}: kind: unknown kind {kind!r}. Valid: {', '.join(JOBS)}")
+    return check_config(values, JOBS[kind], str(path))
+
+
+def build_command(job: SlurmConfig) -> list[str]:
+    """The command of each rank or task, as words; {task} stands in it for the number of the task."""
+    if isinstance(job, ArrayConfig):
+        return build_array_command(job)
     if job.command is not None:
         return job.command
     return [job.python, "-m", "pretrain", "train", job.config, *job.overrides]
+
+
+def build_array_command(job: ArrayConfig) -> list[str]:
+    words = list(job.command)
+    if not any(TASK in word for word in words):
+        words += ["--task", f"{TASK}/{TASKS}"]
+    return [word.replace(TASKS, str(job.tasks)) for word in words]
 
 
 def check_run_config(job: JobConfig, base: Path) -> None:

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 from data_tools.errors import UserError
-from launch.job import JobConfig, check_run_config
+from launch.job import JobConfig, SlurmConfig, check_run_config
 
 SBATCH_ANSWER_S = 120  # a controller that does not answer must not hold the user for ever
 
@@ -119,10 +119,7 @@ exit 85
 def render(job: JobConfig, command: list[str]) -> str:
     """The sbatch script that runs `command` once for each GPU of the job. Pure: values in, text out."""
     parts = [
-        "#!/usr/bin/env bash",
-        f"# {job.nodes} x {job.gpus_per_node} GPUs, one process a GPU. Written by `python -m launch`; see docs/launch.md.",
-        *[f"#SBATCH --{option}{'=' * bool(value)}{quote_directive(value)}" for option, value in directives(job)],
-        "set -euo pipefail",
+        *render_head(f"{job.nodes} x {job.gpus_per_node} GPUs, one process a GPU", directives(job)),
         "",
         "# From the job file.",
         f"log_stem={shlex.quote(log_stem(job))}",
@@ -131,18 +128,36 @@ def render(job: JobConfig, command: list[str]) -> str:
         f"python={shlex.quote(job.python)}",
         f"command=({shlex.join(command)})",
         _PREPARE.rstrip(),
+        *render_setup(job),
     ]
+    return "\n".join(parts) + "\n" + _RUN
+
+
+def render_head(what: str, options: dict[str, object]) -> list[str]:
+    """The lines of a script before its own: what it is, the options of sbatch ("" for one without a value)."""
+    given = [(option, str(value)) for option, value in options.items() if value is not None]
+    return [
+        "#!/usr/bin/env bash",
+        f"# {what}. Written by `python -m launch`; see docs/launch.md.",
+        *[f"#SBATCH --{option}{'=' * bool(value)}{quote_directive(value)}" for option, value in given],
+        "set -euo pipefail",
+    ]
+
+
+def render_setup(job: SlurmConfig) -> list[str]:
+    """The lines of `setup` and `environment`."""
+    parts = []
     if job.setup:
         parts += ["", "# Setup from the job file; without -u, for activation scripts read unset variables."]
         parts += ["set +u", *job.setup, "set -u"]
     if job.environment:
         parts += ["", *[f"export {name}={shlex.quote(value)}" for name, value in job.environment.items()]]
-    return "\n".join(parts) + "\n" + _RUN
+    return parts
 
 
-def directives(job: JobConfig) -> list[tuple[str, str]]:
-    """The options of sbatch with their values; an option without a value has ""."""
-    options = {
+def directives(job: JobConfig) -> dict[str, object]:
+    """The options of sbatch with their values; None for one that is left out."""
+    return {
         "job-name": job.name,
         "nodes": job.nodes,
         "ntasks-per-node": job.gpus_per_node,
@@ -151,6 +166,13 @@ def directives(job: JobConfig) -> list[tuple[str, str]]:
         "mem": None if job.memory_gib_per_node is None else f"{job.memory_gib_per_node}G",
         "time": job.time_limit_min,
         "signal": f"B:USR1@{job.save_before_end_s}" if job.save_before_end_s else None,
+        **common_directives(job, f"{log_stem(job)}-%j.log"),
+    }
+
+
+def common_directives(job: SlurmConfig, log: str) -> dict[str, object]:
+    """Those that every kind of job has; `log` as sbatch takes it, with its `%` patterns."""
+    return {
         "requeue" if job.requeue else "no-requeue": "",
         "partition": job.partition,
         "account": job.account,
@@ -159,14 +181,13 @@ def directives(job: JobConfig) -> list[tuple[str, str]]:
         "exclude": job.exclude,
         "reservation": job.reservation,
         "chdir": job.working_directory,
-        "output": f"{log_stem(job)}-%j.log",
+        "output": log,
         "open-mode": "append",
         **job.extra_sbatch,
     }
-    return [(option, str(value)) for option, value in options.items() if value is not None]
 
 
-def log_stem(job: JobConfig) -> str:
+def log_stem(job: SlurmConfig) -> str:
     """What the names of all files of the job begin with; "-JOBID" follows."""
     return os.path.join(job.output, job.name)
 
@@ -180,36 +201,48 @@ def quote_directive(value: str) -> str:
 
 def submit(job: JobConfig, command: list[str]) -> None:
     """Submit the job and print its number and where its script and logs are. Raises UserError if it is refused."""
-    base = Path(job.working_directory or ".")
-    if not base.is_dir():
-        raise UserError(f"working_directory: {base}: no such folder")
-    check_run_config(job, base)
-    if shutil.which("sbatch") is None:
-        raise UserError("sbatch is not on PATH: submit on a login node of a SLURM cluster, or see the script by render")
-    stem = Path(os.path.abspath(base / log_stem(job)))
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    # Written before the job exists, so that a full disk cannot leave a job without its script.
-    descriptor, temporary = tempfile.mkstemp(prefix=f"{job.name}-", suffix=".tmp", dir=stem.parent)
-    try:
-        with open(descriptor, "w", encoding="utf-8") as file:
-            file.write(render(job, command))
-        job_id = run_sbatch(temporary)
-        os.replace(temporary, f"{stem}-{job_id}.sbatch")
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    stem = prepare_submission(job)
+    check_run_config(job, Path(job.working_directory or "."))
+    job_id = submit_script(render(job, command), stem)
     print(f"job     {job_id}")
     print(f"script  {stem}-{job_id}.sbatch")
     print(f"log     {stem}-{job_id}.log, and one for each rank in {stem}-{job_id}/")
 
 
-def run_sbatch(script: str) -> str:
+def prepare_submission(job: SlurmConfig) -> Path:
+    """What the names of the job's files begin with, as an absolute path. Raises UserError where nothing can be
+    submitted."""
+    base = Path(job.working_directory or ".")
+    if not base.is_dir():
+        raise UserError(f"working_directory: {base}: no such folder")
+    if shutil.which("sbatch") is None:
+        raise UserError("sbatch is not on PATH: submit on a login node of a SLURM cluster, or see the script by render")
+    return Path(os.path.abspath(base / log_stem(job)))
+
+
+def submit_script(script: str, stem: Path, *options: str) -> str:
+    """Submit a script, with more options of sbatch, and keep it as STEM-JOBID.sbatch; return the job's number."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    # Written before the job exists, so that a full disk cannot leave a job without its script.
+    descriptor, temporary = tempfile.mkstemp(prefix=f"{stem.name}-", suffix=".tmp", dir=stem.parent)
+    try:
+        with open(descriptor, "w", encoding="utf-8") as file:
+            file.write(script)
+        job_id = run_sbatch(temporary, *options)
+        os.replace(temporary, f"{stem}-{job_id}.sbatch")
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    return job_id
+
+
+def run_sbatch(script: str, *options: str) -> str:
     """Give the script to sbatch and return the job's number. Raises UserError with sbatch's own words."""
     # Within another job, the variables of that job would be taken as options for this one.
     kept = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
     environment = {name: text for name, text in os.environ.items() if not name.startswith("SLURM_") or name in kept}
     try:
         result = subprocess.run(
-            ["sbatch", "--parsable", script],
+            ["sbatch", "--parsable", *options, script],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

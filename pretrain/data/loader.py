@@ -65,7 +65,7 @@ def read_captions(fields: dict[str, bytes]) -> list[str]:
     """All captions of a sample, as its .json or .txt has them. Raises BadSample if there is none."""
     try:
         captions = find_captions(fields)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise BadSample(f"its caption is not readable: {error}") from None
     if not captions:
         raise BadSample("it has no caption")

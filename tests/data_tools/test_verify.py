@@ -93,6 +93,32 @@ def test_one_flipped_bit_is_found_wherever_it_is(folder, seed):
     assert verify(folder)
 
 
+def test_what_build_wrote_is_verified_to_the_bit(tmp_path, noise):
+    """With columns of every kind that the input has besides ours, whose json and sidecar must be held to agree."""
+    from data_tools.build import build_shards
+
+    lines = ["image\tcaption\tscore\tcount\twidth\tlicence"]
+    for number in range(6):
+        noise(40, 40, number).save(tmp_path / f"{number}.jpg")
+        licence = "" if number == 2 else f"cc {number}"
+        lines.append(f"{number}.jpg\tcaption «{number}»\t{number / 7}\t{number}\t{number}\t{licence}")
+    (tmp_path / "t.tsv").write_text("\n".join(lines) + "\n")
+    out = tmp_path / "out"
+    options = {"image_column": "image", "caption_column": "caption", "samples_per_shard": 3, "processes": 1}
+    build_shards(tmp_path / "t.tsv", out, tmp_path, **options)
+    assert verify(out, decode=True)
+    with tarfile.open(out / "00001.tar") as archive:
+        members = archive.getmembers()
+    draw = random.Random(0)
+    for member in members:
+        key, extension = member.name.split(".")
+        for _ in range(20 if extension == "json" else 2):
+            bit = draw.randrange(8 * member.offset_data, 8 * (member.offset_data + member.size))
+            flip(out / "00001.tar", bit)
+            assert [(problem.file, problem.key) for problem in verify(out).problems] == [("00001.tar", key)], bit
+            flip(out / "00001.tar", bit)
+
+
 def test_bits_all_over_the_small_files_count(tmp_path):
     make_dataset(tmp_path, (1,), failures=0)
     for name in ("00000.tar.idx", "sizes.json", "checksums.json", "00000_stats.json"):

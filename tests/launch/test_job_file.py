@@ -21,7 +21,7 @@ LEAST = {"name": "job", "command": ["true"], "nodes": 1, "gpus_per_node": 1, "ti
     ("override", "message"),
     [
         ("nods=2", "nods: unknown key. Did you mean 'nodes'? Valid: kind, name,"),
-        ("kind=local", "kind: should be 'slurm'; found 'local'"),
+        ("kind=local", "kind: unknown kind 'local'. Valid: slurm, slurm_array"),
         ("nodes=0", "nodes: should be greater than or equal to 1; found 0"),
         ("name=a b", "name: names the job's files"),
         ("command=[hostname]", "command: give either config"),

@@ -185,3 +185,66 @@ def test_what_sbatch_refuses_is_refused_in_one_line(cluster, tmp_path):
     with pytest.raises(AssertionError, match=r"^error: sbatch refused the job: .*[Ii]nvalid partition.*\n"):
         cluster.submit(tmp_path, "say", partition="nowhere")
     assert list(tmp_path.rglob("*.sbatch")) == []
+
+
+def submit_array(cluster, folder: Path, **keys) -> tuple[str, str]:
+    """Submit 4 tasks and a job after them; the numbers of both."""
+    values = {
+        "kind": "slurm_array", "name": "array", "tasks": 4, "cpus_per_task": 1, "memory_gib": 1, "time_limit_min": 10,
+        "working_directory": str(folder), "output": "logs", "environment": {"PYTHONPATH": str(ROOT)}, **keys,
+    }  # fmt: skip
+    file = folder / "job.yaml"
+    file.write_text(json.dumps(values))
+    printed = cluster.run(sys.executable, "-m", "launch", "submit", file)
+    array, last = re.search(r"^job     (\d+), 4 tasks$(?:.|\n)*^then    (\d+),", printed, re.MULTILINE).groups()
+    scripts = [(folder / "logs" / f"{name}.sbatch").read_text() for name in (f"array-{array}", f"array-then-{last}")]
+    assert "\n".join(scripts) == cluster.run(sys.executable, "-m", "launch", "render", file)
+    return array, last
+
+
+def wait_for_states(cluster, job_id: str, folder: Path) -> list[str]:
+    """The states in which all tasks of a job have ended."""
+
+    def logs() -> str:
+        return "".join(f"{path.name}: {path.read_text()}" for path in sorted((folder / "logs").glob("*.log")))
+
+    end = time.monotonic() + 2 * LIMIT_S
+    while True:
+        states = re.findall(r"JobState=(\w+)", cluster.run("scontrol", "show", "job", job_id))
+        if not set(states) & {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING"}:
+            return states
+        assert time.monotonic() < end, f"waited too long: {states}\n{logs()}"
+        time.sleep(0.2)
+
+
+def test_an_array_of_tasks_builds_what_one_process_builds(cluster, tmp_path):
+    from data_tools.build import build_shards
+    from data_tools.scenes import draw_scenes
+
+    draw_scenes(tmp_path / "scenes", count=40, val_count=8, processes=1)
+    table, images = tmp_path / "scenes" / "captions.tsv", tmp_path / "scenes" / "images"
+    build_shards(table, tmp_path / "local", images, samples_per_shard=8, processes=1)
+    build = [sys.executable, "-m", "data_tools", "build", str(table), "out", "--image-root", str(images)]
+    array, last = submit_array(
+        cluster,
+        tmp_path,
+        command=[*build, "--samples-per-shard", "8", "--processes", "1"],
+        then=[sys.executable, "-m", "data_tools", "finish", "out"],
+    )
+    assert wait_for_states(cluster, last, tmp_path) == ["COMPLETED"]
+    assert wait_for_states(cluster, array, tmp_path) == ["COMPLETED"] * 4
+    logs = {path.name for path in (tmp_path / "logs").glob("*.log")}
+    assert logs == {f"array-then-{last}.log", *(f"array-{array}_{task}.log" for task in range(1, 5))}
+    assert "task 3 of 4 is done: 1 of 6 shards" in (tmp_path / "logs" / f"array-{array}_3.log").read_text()
+    made = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert len(json.loads(made["manifest.json"])["shards"]) == 6
+    assert made == {path.name: path.read_bytes() for path in (tmp_path / "local").iterdir()}
+
+
+def test_after_a_task_that_fails_nothing_follows(cluster, tmp_path):
+    array, last = submit_array(
+        cluster, tmp_path, command=["sh", "-c", 'test "$0" != 3', "{task}"], then=["touch", "finished"]
+    )
+    assert sorted(wait_for_states(cluster, array, tmp_path)) == ["COMPLETED"] * 3 + ["FAILED"]
+    assert wait_for_states(cluster, last, tmp_path) == ["CANCELLED"]
+    assert not (tmp_path / "finished").exists()

@@ -11,7 +11,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m data_tools", description="Make and look at shards of image-text pairs."
     )
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_CommandParser)
     for add in (
         _add_scenes,
         _add_build,
@@ -33,12 +33,25 @@ def main(arguments: list[str] | None = None) -> int:
     return run_command(options.pop("run"), **options)
 
 
+class _ExamplesAsTheyAre(argparse.HelpFormatter):
+    """Wraps the description, but leaves the lines of examples, so that they can be copied."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if text.startswith("example") else super()._fill_text(text, width, indent)
+
+
+class _CommandParser(argparse.ArgumentParser):
+    def __init__(self, **options) -> None:
+        super().__init__(formatter_class=_ExamplesAsTheyAre, **options)
+
+
 def _add_scenes(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
         "scenes",
         help="draw demo data: coloured shapes with captions and questions",
         description="Draw pictures of coloured shapes in stated relations, with captions, questions and a validation "
         "split of combinations that the training split does not have. The same arguments make the same bytes.",
+        epilog="example:\n  python -m data_tools scenes scenes --count 2000 --val-count 200",
     )
     command.add_argument("out", metavar="OUT", help="folder to write")
     command.add_argument("--count", type=int, default=20_000, help="training pictures (default: %(default)s)")
@@ -53,14 +66,15 @@ def _add_build(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
         "build",
         help="build shards from captioned pictures",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Build tar shards from captioned pictures: a table (.tsv, .csv, .jsonl, .parquet), a folder, COCO\n"
-        "captions, tars, a Hugging Face dataset on disk. Rows of one image become one sample with\n"
-        "all their captions. A build that was interrupted goes on where it was when the same\n"
-        "command is run again.\n\n"
+        usage="%(prog)s [options] INPUT OUT",
+        description="Build tar shards from captioned pictures: a table (.tsv, .csv, .jsonl, .parquet), a folder, COCO "
+        "captions, tars, a Hugging Face dataset on disk. Rows of one image become one sample with all their captions. A "
+        "build that was interrupted goes on where it was when the same command is run again.",
+        epilog="examples:\n"
         "  python -m data_tools build captions.tsv shards --image-root pictures\n"
-        "  python -m data_tools build urls.parquet shards --image-column url --resize 256\n"
-        "  python -m data_tools build 'laion/{00000..00009}.tar' s3://bucket/shards --task 3/16",
+        "  python -m data_tools build urls.parquet shards --image-column url --seed 1\n"
+        "  python -m data_tools build 'laion/{00000..00009}.tar' s3://bucket/shards \\\n"
+        "    --task 3/16",
     )
     command.add_argument("input", metavar="INPUT", help="file, folder, pattern or URL")
     command.add_argument("out", metavar="OUT", help="folder or URL to write: new, empty, or with an unfinished build")
@@ -90,10 +104,14 @@ def _add_build(commands: argparse._SubParsersAction) -> None:
         "--resize-mode",
         choices=("keep_ratio", "center_crop", "border", "squash", "no"),
         default="keep_ratio",
-        help="keep_ratio: PX is the shorter side; the others: a square of PX (default: %(default)s)",
+        metavar="MODE",
+        help="keep_ratio: PX is the shorter side; center_crop, border, squash: a square of PX; no: as they are (default: "
+        "%(default)s)",
     )
     images.add_argument("--format", choices=("jpg", "webp", "png"), default="jpg", help="default: %(default)s")
-    images.add_argument("--quality", type=int, default=90, help="of jpg and webp, 1 to 100 (default: %(default)s)")
+    images.add_argument(
+        "--quality", type=int, default=90, metavar="Q", help="of jpg and webp, 1 to 100 (default: %(default)s)"
+    )
     images.add_argument("--min-size", type=int, default=0, metavar="PX", help="refuse a shorter side below PX")
     images.add_argument("--max-pixels", type=int, metavar="N", help="refuse more pixels (default: 89 million)")
     images.add_argument("--max-aspect", type=float, default=0.0, metavar="R", help="refuse longer over shorter above R")
@@ -140,7 +158,9 @@ def _add_finish(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
         "finish",
         help="write the manifest of a build whose tasks are done",
-        description="Write the manifest of a build that was made with --task. Example: python -m data_tools finish shards",
+        description="Write the manifest of a build that was made with --task, when all its tasks are done. It says "
+        "which shards are missing where some are not.",
+        epilog="example:\n  python -m data_tools finish shards",
     )
     command.add_argument("out", metavar="OUT", help="OUT of the tasks")
     command.set_defaults(run=_finish)
@@ -150,8 +170,10 @@ def _add_retry(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
         "retry",
         help="try again what failed for a reason that can heal",
-        description="Try again the pictures of a finished build that failed by a time-out, a server error or a name that "
-        "was not found, and write what comes as added shards. Example: python -m data_tools retry shards --timeout 60",
+        description="Try again the pictures of a finished build that failed for a reason that can heal, such as a time-out, "
+        "a server error or a name server that did not answer, and write what comes as added shards. What is there stays as "
+        "it is. Pictures that are not there (404) or opted out are not asked for again.",
+        epilog="example:\n  python -m data_tools retry shards --timeout 60 --retries 4",
     )
     command.add_argument("out", metavar="DIR", help="folder that `build` wrote")
     _add_fetch_options(command)
@@ -165,7 +187,7 @@ def _add_info(commands: argparse._SubParsersAction) -> None:
         help="print what a shard folder holds",
         description="Print counts, picture sizes, caption lengths, scripts, failures by reason, examples and the "
         "fingerprint of a build.",
-        epilog="example: python -m data_tools info shards/ --json",
+        epilog="example:\n  python -m data_tools info shards --json",
     )
     command.add_argument("directory", metavar="DIR", help="folder that `build` wrote")
     command.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
@@ -178,7 +200,8 @@ def _add_index(commands: argparse._SubParsersAction) -> None:
         help="make a dataset of tars that others wrote, by reading their headers",
         description="Write an index for each tar (as NVIDIA Energon does), sizes.json and manifest.json, beside the "
         "tars or into a folder of their own. The tars stay as they are. Indexes that are there and fit are kept.",
-        epilog="example: python -m data_tools index 's3://bucket/cc12m/{00000..01242}.tar' --out cc12m --prefix-keys",
+        epilog="example:\n  python -m data_tools index 's3://bucket/cc12m/{00000..01242}.tar' \\\n"
+        "    --out cc12m --prefix-keys",
     )
     command.add_argument(
         "tars",
@@ -208,7 +231,7 @@ def _add_verify(commands: argparse._SubParsersAction) -> None:
         help="check every byte of a dataset against its hashes",
         description="Check tars, indexes, sidecars, statistics, sizes.json and manifest.json of a dataset or a view, "
         "and say in which shard and sample a damage lies. Exit code 1 when something is wrong.",
-        epilog="example: python -m data_tools verify shards --decode --quarantine",
+        epilog="example:\n  python -m data_tools verify shards --decode --quarantine",
     )
     command.add_argument("directory", metavar="DIR", help="dataset or view")
     command.add_argument("--decode", action="store_true", help="decode every picture wholly, too")
@@ -226,8 +249,8 @@ def _add_view(commands: argparse._SubParsersAction) -> None:
         description="Write a folder that stands for the samples for which an SQL expression (DuckDB's) over the "
         "sidecars' columns is true. Columns besides those of the sidecars: caption_words, caption_chars, captions_count, "
         "aspect, shard, place, and those of joined files.",
-        epilog="example: python -m data_tools view shards good --join scores.parquet "
-        '--where "width >= 256 and caption_words between 3 and 40 and similarity > 0.25"',
+        epilog="example:\n  python -m data_tools view shards good --join scores.parquet \\\n"
+        '    --where "width >= 256 and caption_words >= 3 and clip_score > 0.2"',
     )
     command.add_argument("directory", metavar="DIR", help="dataset or view")
     command.add_argument("out", metavar="OUT", help="folder to write: new or empty")
@@ -252,7 +275,8 @@ def _add_reshard(commands: argparse._SubParsersAction) -> None:
         description="Write new shards with the samples of datasets, views or indexed tars, in order or shuffled. "
         "Pictures are copied as they are; keys are made anew, and the old ones kept as original_key. A run that was "
         "interrupted goes on where it was when the same command is run again.",
-        epilog="example: python -m data_tools reshard cc3m cc12m merged --samples-per-shard 10000 --shuffle --seed 7",
+        epilog="example:\n  python -m data_tools reshard cc3m cc12m merged --samples-per-shard 10000 \\\n"
+        "    --shuffle --seed 7",
     )
     command.add_argument("sources", nargs="+", metavar="SRC", help="datasets or views")
     command.add_argument("out", metavar="OUT", help="folder to write: new, empty, or with an unfinished run")
@@ -284,8 +308,9 @@ def _add_dedup(commands: argparse._SubParsersAction) -> None:
         help="find duplicate pictures and captions, and samples of evaluation sets",
         description="Find samples that are duplicates of one another (or of evaluation sets), and write them to a "
         "parquet file, one row a sample. Nothing is deleted: a view leaves them out.",
-        epilog="example: python -m data_tools dedup train --against coco-test --out dups.parquet && "
-        'python -m data_tools view train train-clean --where "keep is not false" --join dups.parquet',
+        epilog="example:\n  python -m data_tools dedup train --against coco-test --out dups.parquet\n"
+        "  python -m data_tools view train clean --join dups.parquet \\\n"
+        '    --where "keep is not false"',
     )
     command.add_argument("directory", metavar="DIR", help="a finished build, or a view of one")
     command.add_argument(
@@ -331,8 +356,9 @@ def _add_score(commands: argparse._SubParsersAction) -> None:
         description="Write the cosine of each picture with each of its captions, as a CLIP-like model embeds them, to a "
         "parquet table; `view` can then select by it. A run that was interrupted goes on when the same command is run "
         "again.",
-        epilog="example: python -m data_tools score shards --model runs/vit_b16/native --out scores.parquet && "
-        'python -m data_tools view shards good --join scores.parquet --where "clip_score > 0.2"',
+        epilog="example:\n  python -m data_tools score shards --model runs/vit_b16/native \\\n    --out scores.parquet\n"
+        "  python -m data_tools view shards good --join scores.parquet \\\n"
+        '    --where "clip_score > 0.2"',
     )
     command.add_argument("directory", metavar="DIR", help="dataset or view")
     command.add_argument(
@@ -360,7 +386,7 @@ def _add_tokenizer(commands: argparse._SubParsersAction) -> None:
         help="train a tokeniser on the captions",
         description="Train a tokeniser on all captions of a dataset, in any language, and save it as a folder that "
         "transformers' AutoTokenizer loads. The same captions make the same files.",
-        epilog="example: python -m data_tools tokenizer train tokenizer-20k --vocab-size 20000",
+        epilog="example:\n  python -m data_tools tokenizer train tokenizer-20k --vocab-size 20000",
     )
     command.add_argument("directory", metavar="DIR", help="a finished build, or a view of one")
     command.add_argument("out", metavar="OUT", help="folder to write: new or empty")
@@ -384,7 +410,7 @@ def _add_preview(commands: argparse._SubParsersAction) -> None:
         help="write a page with sample pictures, captions and histograms of a shard folder",
         description="Write one HTML file that needs no other: thumbnails with captions of samples drawn by seed, "
         "histograms of sizes, shapes and caption lengths, and failures by reason. It holds no scripts.",
-        epilog="example: python -m data_tools preview shards/ shards.html --count 48",
+        epilog="example:\n  python -m data_tools preview shards shards.html --count 48",
     )
     command.add_argument("directory", metavar="DIR", help="folder that `build` wrote")
     command.add_argument("out", metavar="OUT.html", help="file to write")
@@ -402,7 +428,7 @@ def _add_privacy(commands: argparse._SubParsersAction) -> None:
         "are not. Faces: OpenCV's Haar cascades find upright frontal and side faces; they miss small, tilted, covered "
         "and dark ones, and blur some things that are no faces. Where faces must be gone, find them with a stronger "
         "detector and give its --boxes. A run that was interrupted goes on when the same command is run again.",
-        epilog="example: python -m data_tools privacy shards/ clean/ --remove opt-outs.txt",
+        epilog="example:\n  python -m data_tools privacy shards clean --remove opt-outs.txt",
     )
     command.add_argument("directory", metavar="DIR", help="folder that `build` wrote; it is not changed")
     command.add_argument("out", metavar="OUT", help="folder to write: new, empty, or with an unfinished run")

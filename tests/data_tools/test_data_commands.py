@@ -1,6 +1,8 @@
 """`python -m data_tools` as a user meets it."""
 
 import inspect
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -123,3 +125,34 @@ def test_the_way_from_scenes_to_info(tmp_path, run_data_tools):
     info = run_data_tools("info", shards)
     assert (info.returncode, info.stderr) == (0, "")
     assert "samples      12, " in info.stdout
+
+
+COMMANDS = ["scenes", "build", "finish", "retry", "info", "index", "verify", "view", "reshard", "dedup", "score"]
+COMMANDS += ["tokenizer", "preview", "privacy"]
+
+
+def test_the_list_of_commands_is_whole(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    listed = re.findall(r"^    ([a-z]+)(?: |$)", capsys.readouterr().out, re.MULTILINE)
+    assert sorted(listed) == sorted(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_fits_a_terminal_and_ends_with_an_example_that_the_command_takes(command, capsys, monkeypatch):
+    from data_tools import __main__ as program
+
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
+    _, _, examples = text.rpartition("\nexample")
+    lines = examples.partition("\n")[2].replace("\\\n", " ").splitlines()
+    calls = [shlex.split(line) for line in lines]
+    assert calls and all(call[:3] == ["python", "-m", "data_tools"] for call in calls)
+    assert calls[0][3] == command
+    for call in calls:
+        taken = {}
+        monkeypatch.setattr(program, f"_{call[3]}", lambda taken=taken, **options: taken.update(options))
+        assert main(call[3:]) == 0 and taken

@@ -1,19 +1,29 @@
 # make demo   the whole path on drawn scenes: shards, training, evaluation, exports
 # make test   the tests
 # make lint   ruff
+# make test-compat   our shards in the readers of others, each in an environment of its own (.compat/NAME)
 # Each sets up .venv first, from setup.py and constraints.txt.
 
 PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
+READERS := energon huggingface open_clip
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-compat lint clean
 
 demo: $(READY)
 	$(VENV)/bin/python -m pretrain demo
 
 test: $(READY)
 	$(VENV)/bin/python -m pytest
+
+test-compat: $(READY) $(READERS:%=.compat/%/.ready)
+	$(VENV)/bin/python -m pytest tests/compat
+
+.compat/%/.ready: tests/compat/%.txt
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	touch $@
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .
@@ -26,4 +36,4 @@ $(READY): setup.py constraints.txt
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) .compat

@@ -22,10 +22,11 @@ from data_tools.errors import UserError
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 Report = Callable[..., None]
-"""report(done, failure="", size=0): tells the parent about items done since the last call, why the last of them failed
-if it did, and the bytes written; raises WorkStopped when the parent has gone."""
+"""report(done, failure="", size=0): tells about items done since the last call, why they failed if they did, and the
+bytes written. What comes from workers may arrive added up. Raises WorkStopped when the parent has gone."""
 
 _STOP_TIMEOUT_S = 10.0
+_TELL_EVERY_S = 0.1
 _REASONS_SHOWN = 2
 
 
@@ -93,7 +94,8 @@ def _distribute(workers: dict, tasks: Sequence[Task], report: Report) -> Iterato
             except (EOFError, ConnectionResetError):
                 raise _describe_death(workers[connection]) from None
             if kind == "progress":
-                report(*content)
+                for facts in content:
+                    report(*facts)
             elif kind == "error":
                 error, trace = content
                 raise error from RuntimeError(f"in a worker process:\n{trace}")
@@ -127,17 +129,33 @@ def _work(function: Callable, connection: multiprocessing.connection.Connection)
     """The body of a worker: receive a task, send its result, until the parent closes the pipe."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-    def report(done: int, failure: str = "", size: int = 0) -> None:
+    # Each message wakes the parent, on the processors that the workers need: so what adds up is told now and then.
+    waiting: dict[str, tuple[int, int]] = {}
+    told_s = 0.0
+
+    def tell() -> None:
+        nonlocal told_s
+        told_s = time.monotonic()
+        facts = [(done, failure, size) for failure, (done, size) in waiting.items()]
+        waiting.clear()
         try:
-            connection.send(("progress", (done, failure, size)))
+            connection.send(("progress", facts))
         except OSError:
             raise WorkStopped from None
+
+    def report(done: int, failure: str = "", size: int = 0) -> None:
+        done_before, size_before = waiting.get(failure, (0, 0))
+        waiting[failure] = (done_before + done, size_before + size)
+        if time.monotonic() - told_s >= _TELL_EVERY_S:
+            tell()
 
     with contextlib.suppress(EOFError, OSError, WorkStopped):
         while True:
             number, task = connection.recv()
             try:
                 message = ("result", (number, function(task, report)))
+                if waiting:
+                    tell()
             except Exception as error:
                 message = ("error", (_make_sendable(error), traceback.format_exc()))
             connection.send(message)

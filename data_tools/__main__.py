@@ -448,7 +448,9 @@ def _build(
     from data_tools.captions import CaptionPolicy, load_blocklist
     from data_tools.fetch import FetchOptions
     from data_tools.image import ImagePolicy
+    from data_tools.workers import keep_pandas_out
 
+    keep_pandas_out()
     images = {
         "resize": resize,
         "mode": resize_mode,

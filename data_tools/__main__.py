@@ -115,6 +115,11 @@ def _add_build(commands: argparse._SubParsersAction) -> None:
     images.add_argument("--min-size", type=int, default=0, metavar="PX", help="refuse a shorter side below PX")
     images.add_argument("--max-pixels", type=int, metavar="N", help="refuse more pixels (default: 89 million)")
     images.add_argument("--max-aspect", type=float, default=0.0, metavar="R", help="refuse longer over shorter above R")
+    images.add_argument(
+        "--no-check",
+        action="store_true",
+        help="do not decode JPEGs that keep their bytes to see whether they are whole: about twice as fast",
+    )
     captions = command.add_argument_group("captions")
     captions.add_argument("--fix-text", action="store_true", help="mend broken Unicode, HTML entities and white space")
     captions.add_argument("--min-words", type=int, default=0, metavar="N", help="refuse captions of fewer words")
@@ -493,6 +498,7 @@ def _build(
     min_size: int,
     max_pixels: int | None,
     max_aspect: float,
+    no_check: bool,
     fix_text: bool,
     min_words: int,
     max_words: int,
@@ -505,7 +511,9 @@ def _build(
     from data_tools.captions import CaptionPolicy, load_blocklist
     from data_tools.fetch import FetchOptions
     from data_tools.image import ImagePolicy
+    from data_tools.workers import keep_pandas_out
 
+    keep_pandas_out()
     images = {
         "resize": resize,
         "mode": resize_mode,
@@ -513,6 +521,7 @@ def _build(
         "quality": quality,
         "min_size": min_size,
         "max_aspect": max_aspect,
+        "check_copies": not no_check,
     }
     if max_pixels is not None:
         images["max_pixels"] = max_pixels

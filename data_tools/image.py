@@ -75,7 +75,9 @@ class ImagePolicy:
     middle square that is cut out (center_crop); the longer side, with white around it up to a square of that side
     (border); each side by itself (squash); nothing (no). `quality` is for jpg and webp, 1 to 100. Refused from the
     header: a shorter side under `min_size`, more than `max_pixels`, longer side / shorter side over `max_aspect` (0 is
-    any). Raises UserError for values that make no sense.
+    any). Without `check_copies` a JPEG that keeps its bytes is not decoded to see whether it is whole: its segments and
+    its end still have to be there, but damage in its coded data goes unnoticed. Raises UserError for values that make no
+    sense.
     """
 
     resize: int = 256
@@ -85,6 +87,7 @@ class ImagePolicy:
     min_size: int = 0
     max_pixels: int = MAX_PIXELS
     max_aspect: float = 0.0
+    check_copies: bool = True
 
     def __post_init__(self) -> None:
         for name, valid in (("mode", MODES), ("format", tuple(OUTPUTS))):
@@ -151,7 +154,7 @@ def prepare_picture(data: bytes, policy: ImagePolicy) -> Picture:
             image.load()  # Pillow does so for the EXIF of a PNG, and then forgets the damage that it met
         turn = _TRANSPOSE.get(_read_orientation(image))
         if turn is None and plan.framed == (width, height):
-            copy = _copy(image, data, policy.format)
+            copy = _copy(image, data, policy)
             if copy is not None:
                 return Picture(copy, policy.format, width, height, width, height)
         pixels, profile = _decode(image, data, plan)
@@ -359,15 +362,18 @@ def _encode(pixels: np.ndarray, policy: ImagePolicy) -> bytes:
 # Copies: the file's own bytes without its metadata
 
 
-def _copy(image: Image.Image, data: bytes, format: str) -> bytes | None:
+def _copy(image: Image.Image, data: bytes, policy: ImagePolicy) -> bytes | None:
     """The file as it may be stored, once it is known to be whole; None if it has to be encoded again."""
+    format = policy.format
     modes = ("RGB", "L", "P", "1") if format == "png" else ("RGB", "L")
     if image.format != OUTPUTS[format] or image.mode not in modes:
         return None
     if image.has_transparency_data or getattr(image, "is_animated", False):
         return None
     copy = _STRIP[format](data)
-    if copy is None or (format == "jpg" and _decode_jpeg(image, copy, 1, "GRAY") is not None):
+    if copy is None or (format == "jpg" and not policy.check_copies):
+        return copy
+    if format == "jpg" and _decode_jpeg(image, copy, 1, "GRAY") is not None:
         return copy
     if format != "jpg" and copy == data:
         return copy  # it has been decoded

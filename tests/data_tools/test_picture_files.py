@@ -500,6 +500,17 @@ def test_damaged_picture_data_in_the_middle_of_a_jpeg_is_noticed(noise):
     assert refused(bytes(header_lies)).reason == "damaged picture"
 
 
+def test_copies_can_go_unchecked_but_never_without_their_end(noise):
+    trusting = ImagePolicy(check_copies=False)
+    data = encode(noise(200, 150))
+    assert prepare_picture(data, trusting).data == prepare_picture(data, ImagePolicy()).data
+    middle = len(data) // 2
+    damaged = data[:middle] + data[middle + 3000 :]
+    assert prepare_picture(damaged, trusting).data.endswith(damaged[-2000:]), "which a check would have noticed"
+    with pytest.raises(PictureError, match="^damaged picture"):
+        prepare_picture(data[:middle], trusting)
+
+
 def test_a_png_of_whole_chunks_with_broken_content_is_not_copied(noise):
     data = encode(noise(60, 40), "PNG")
     start = data.index(b"IDAT")

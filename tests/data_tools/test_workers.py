@@ -2,10 +2,12 @@
 
 import os
 import signal
+import sys
 import time
 from contextlib import closing
 from pathlib import Path
 
+import pyarrow
 import pytest
 
 from data_tools.errors import UserError
@@ -84,3 +86,14 @@ def test_the_number_of_processes():
     assert choose_processes(None) >= 1
     with pytest.raises(UserError, match="--processes 0: give at least 1"):
         choose_processes(0)
+
+
+def look_for_pandas(task: int, report) -> tuple[bool, bool]:
+    return pyarrow.array(["a"]).to_pylist() == ["a"], "pandas" in sys.modules
+
+
+def test_workers_do_not_import_pandas():
+    """pyarrow does so by itself where pandas is installed."""
+    pytest.importorskip("pandas")
+    found = [result for _, result in run_tasks(look_for_pandas, range(2), 2, ignore)]
+    assert found == [(True, False)] * 2

@@ -133,7 +133,7 @@ def remove_run(out: Folder, state: Mapping[str, Any]) -> None:
         out.write_json(RETRY_NAME, {"shards": [f"{stem}.tar" for stem in retried]})
     own, there = list_own_files(stems), set(out.names())
     last = {RETRY_NAME: 1, STATE_NAME: 2}
-    for name in sorted(own & there, key=lambda name: (name != MANIFEST_NAME, last.get(name, 0))):
+    for name in sorted(own & there, key=lambda name: (name != MANIFEST_NAME, last.get(name, 0), name)):
         out.remove(name)
     remove_leftovers(out, own)
 

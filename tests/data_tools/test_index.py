@@ -350,4 +350,4 @@ def test_the_command_tells_what_it_did(write_webdataset, run_data_tools):
     tars = write_webdataset()
     run = run_data_tools("index", tars, "--processes", 1, "--json")
     assert (run.returncode, json.loads(run.stdout)["samples"]) == (0, 10)
-    assert "example: python -m data_tools index" in run_data_tools("index", "--help").stdout
+    assert "example:\n  python -m data_tools index" in run_data_tools("index", "--help").stdout

@@ -320,4 +320,4 @@ def test_the_command(sources, tmp_path, run_data_tools):
     assert json.loads(run.stdout)["samples"] == 6
     assert "finished already" in run_data_tools(*arguments, "--processes", 1).stdout
     assert run_data_tools("reshard", sources / "a", tmp_path / "x", "--samples-per-shard", 0).stderr.count("\n") == 1
-    assert "example: python -m data_tools reshard" in run_data_tools("reshard", "--help").stdout
+    assert "example:\n  python -m data_tools reshard" in run_data_tools("reshard", "--help").stdout

@@ -349,4 +349,4 @@ def test_the_command(folder, run_data_tools):
     facts = json.loads(run.stdout)
     assert (run.returncode, facts["newly_quarantined"], facts["problems"][0]["key"]) == (1, 1, "000010001")
     assert run_data_tools("verify", folder, "--processes", 1).returncode == 0
-    assert "example: python -m data_tools verify" in run_data_tools("verify", "--help").stdout
+    assert "example:\n  python -m data_tools verify" in run_data_tools("verify", "--help").stdout

@@ -181,4 +181,4 @@ def test_the_command(folder, tmp_path, run_data_tools):
     assert json.loads(run.stdout)["shards"] == {"00000.tar": 0, "00001.tar": 3}
     run = run_data_tools("view", folder, tmp_path / "other", "--where", "wide > 2")
     assert (run.returncode, run.stderr.count("\n")) == (2, 1)
-    assert "example: python -m data_tools view" in run_data_tools("view", "--help").stdout
+    assert "example:\n  python -m data_tools view" in run_data_tools("view", "--help").stdout

@@ -26,7 +26,7 @@ from data_tools.sources import Row, Source
 
 STATE_NAME = "plan.json"
 ROWS_AT_ONCE = 20_000
-MEMORY_LIMIT = "400MB"
+MEMORY_LIMIT = "128MB"
 _SCHEMA = pyarrow.schema([(name, pyarrow.string()) for name in Row._fields])
 _NAMES_SHOWN = 3
 _DISK_FULL = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "failed to offload data block")
@@ -117,7 +117,7 @@ def _make_plan(source: Source, folder: Path, samples_per_shard: int, seed: int |
 
     work = folder / "work"
     work.mkdir()
-    config = {"memory_limit": MEMORY_LIMIT, "threads": 2, "temp_directory": str(work / "spill")}
+    config = {"memory_limit": MEMORY_LIMIT, "threads": 1, "temp_directory": str(work / "spill")}
     try:
         with duckdb.connect(str(work / "rows.duckdb"), config=config) as connection:
             _collect_rows(connection, source)

@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby, islice
 from pathlib import Path
@@ -26,7 +26,9 @@ from data_tools.errors import UserError
 from data_tools.fetch import HEALABLE, FetchOptions, fetch_all
 from data_tools.files import TEMPORARY_SUFFIX, Folder, format_counts, is_url, lock_folder, open_folder
 from data_tools.folder import (
+    PLAN_NAME,
     add_counts,
+    choose_plan_place,
     count,
     identify,
     is_finished,
@@ -53,7 +55,6 @@ from data_tools.shards import MANIFEST_NAME, RETRY_NAME, Manifest, ShardInfo, Sh
 from data_tools.sources import Source, open_source
 from data_tools.workers import Report, choose_processes, open_progress_bar, run_tasks
 
-PLAN_NAME = "plan.tmp"
 _LOOKED_UP_FIRST = 1000
 _ALIASES = {"double": "float64", "bool": "bool_"}  # names of types in pyarrow that are not those of their makers
 
@@ -154,7 +155,7 @@ def build_shards(
         if state is not None and is_finished(folder, state, options | {"image_root": fetch.image_root}, versions()):
             return _tell_finished(folder)
         build = identify(options)
-        place = stack.enter_context(_plan_place(folder))
+        place = stack.enter_context(choose_plan_place(folder))
         try:
             plan = load_or_make_plan(source, place, build, samples_per_shard, seed, keep)
             if not source.embedded:
@@ -338,16 +339,6 @@ def _look_up_pictures(image_root: str, plan: Plan) -> None:
             f"{image_root}: none of the first {len(first)} pictures is here (such as {first[0]}). "
             "Give their folder as --image-root"
         )
-
-
-@contextmanager
-def _plan_place(folder: Folder) -> Iterator[Path]:
-    """Where the plan lies: inside a local folder, to be shared by tasks and found again; else in a temporary one."""
-    if type(folder) is Folder:
-        yield folder.path / PLAN_NAME
-        return
-    with tempfile.TemporaryDirectory() as work:
-        yield Path(work)
 
 
 def _tell_finished(folder: Folder) -> Manifest:

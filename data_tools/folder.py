@@ -7,9 +7,11 @@ that the shard is complete; manifest.json, written last of all, says that the ru
 import contextlib
 import hashlib
 import json
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_tools.errors import UserError
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 STATE_FORMAT = 1
+PLAN_NAME = "plan.tmp"
 
 
 def identify(options: Mapping[str, Any]) -> str:
@@ -117,6 +120,16 @@ def prepare_folder(
     if state is None:
         shards = len(stems) if list(stems) == name_shards(len(stems)) else list(stems)
         out.write_json(STATE_NAME, {"format": STATE_FORMAT, "shards": shards, **facts, "options": options})
+
+
+@contextlib.contextmanager
+def choose_plan_place(out: Folder) -> Iterator[Path]:
+    """Where a run's plan lies: inside a local folder, to be shared by tasks and found again; else in a temporary one."""
+    if type(out) is Folder:
+        yield out.path / PLAN_NAME
+        return
+    with tempfile.TemporaryDirectory() as work:
+        yield Path(work) / PLAN_NAME
 
 
 def list_stems(state: Mapping[str, Any]) -> list[str]:

@@ -10,11 +10,10 @@ import hashlib
 import json
 import re
 import shutil
-import tempfile
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +23,8 @@ import numpy as np
 from data_tools.errors import UserError
 from data_tools.files import Folder, format_bytes, open_folder, write_json_atomic
 from data_tools.folder import (
+    PLAN_NAME,
+    choose_plan_place,
     identify,
     is_finished,
     list_sidecar_fields,
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
     import duckdb
     import pyarrow
 
-PLAN_NAME = "plan.tmp"
 MEMORY_LIMIT = "400MB"
 _ROWS_AT_ONCE = 20_000
 _OPEN_TARS = 256
@@ -124,7 +124,7 @@ def reshard(
             _print(manifest, 0.0, as_json, finished_before=True)
             return manifest
         build = identify(options)
-        with _plan_place(folder) as place:
+        with choose_plan_place(folder) as place:
             counts = _load_or_make_plan(manifests, place, build, options, drawn)
             stems = name_shards(len(counts))
             digits = max(4, len(str(max(counts) - 1)))
@@ -384,16 +384,6 @@ def _quote(name: str) -> str:
 
 def _rows_of(place: Path, number: int) -> Path:
     return place / f"{number:05d}.parquet"
-
-
-@contextmanager
-def _plan_place(folder: Folder) -> Iterator[Path]:
-    """Where the plan lies: inside a local folder, to be found again; else in a temporary one."""
-    if type(folder) is Folder:
-        yield folder.path / PLAN_NAME
-        return
-    with tempfile.TemporaryDirectory() as work:
-        yield Path(work) / PLAN_NAME
 
 
 def _remove_plan(folder: Folder) -> None:

@@ -334,9 +334,9 @@ def render_comparison(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
         values = "".join(f"{100 * results[f'{method}/{way}/recall_at_{k}']:8.1f}" for way in WAYS for k in RECALL_AT)
         lines.append(f"{label:<28}{values}{results['train_s']:12.0f}{results['samples_per_s']:11.1f}")
     verdicts = [
-        f"{title} R@1 {100 * ours[f'rerank/{way}/recall_at_1']:.1f} reranked, "
-        f"{100 * ours[f'contrastive/{way}/recall_at_1']:.1f} contrastive, "
-        f"against {100 * theirs[f'contrastive/{way}/recall_at_1']:.1f}"
+        f"{title} R@10 {100 * ours[f'contrastive/{way}/recall_at_10']:.1f} contrastive, "
+        f"{100 * ours[f'rerank/{way}/recall_at_10']:.1f} reranked, "
+        f"against {100 * theirs[f'contrastive/{way}/recall_at_10']:.1f}"
         for way, title in WAYS.items()
     ]
     ratio = ours["samples_per_s"] / theirs["samples_per_s"]

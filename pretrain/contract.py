@@ -3,7 +3,8 @@
 Shape legend: B pairs per rank, L text tokens, E embedding, P match pairs, H/W pixels.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,10 +25,11 @@ class Batch:
     )
     position: np.ndarray  # [B] int64 places in the run's endless order of samples; stays on the host
     keys: list[str]  # sample keys, for naming what went wrong
+    extra: dict[str, list[Any]] = field(default_factory=dict)  # [B] decoded, by name: what `data.fields` asks for
 
     def to(self, device: torch.device) -> "Batch":
         """Copy the tensors to `device` (asynchronously where they are pinned)."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values = {part.name: getattr(self, part.name) for part in fields(self)}
         return Batch(**{k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in values.items()})
 
 

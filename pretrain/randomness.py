@@ -4,6 +4,7 @@ Whatever is random in a run (order, crops, captions, hard negatives, dropout) is
 position, never from process ids, clocks or hidden global state, so it does not depend on ranks, threads or restarts.
 """
 
+import hashlib
 import zlib
 
 import numpy as np
@@ -36,6 +37,11 @@ def uniform(seed: int, purpose: str, positions: np.ndarray | int) -> np.ndarray:
 def generator(seed: int, purpose: str, position: int) -> np.random.Generator:
     """A NumPy generator for the several draws that belong to one position."""
     return np.random.Generator(np.random.SFC64(int(hash64(seed, purpose, position))))
+
+
+def stable_id(text: str) -> int:
+    """A signed 64-bit number, the same for the same text on every rank and in every run."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
 def seed_torch(seed: int, step: int, rank: int) -> None:

@@ -93,10 +93,10 @@ def train(config: RunConfig, world: World) -> int:
     model = build_model(config.model, tokenizer, config.seed, world).train()
     engine = build_engine(model, config.engine, batch_size, world)
     step = restore(engine, loader, *newest) if newest else 0
-    steps = config.train.steps(loader.manifest.samples)
+    steps = config.train.steps(loader.epoch_samples)
     if world.is_main:
         describe_run(config)
-        log.info("%s: %s, %d samples, step %d of %d", config.run, size_of(engine), loader.manifest.samples, step, steps)
+        log.info("%s: %s, %d samples, step %d of %d", config.run, size_of(engine), loader.epoch_samples, step, steps)
 
     clock = Clock()
     metrics = Metrics(config.run, step, steps, enabled=world.is_main)
@@ -112,6 +112,7 @@ def train(config: RunConfig, world: World) -> int:
         engine.step()
         step += 1
         clock.step_done()
+        loader.close_epochs()
         metrics.step_done()
         stopping = world.any(stop.requested)
         if step % config.train.log_every_steps == 0 or step in (1, steps):
@@ -138,7 +139,7 @@ def measure(engine: Any, losses: dict[str, torch.Tensor], loader: Loader, world:
     norm = engine.get_global_grad_norm()
     if norm is not None:  # DeepSpeed does not tell it at ZeRO 0 in fp32
         values["optimizer/gradient_norm"] = float(norm)
-    values["data/skipped"] = sum(world.gather_objects(loader.skipped))
+    values |= loader.measure()
     values["memory/peak_gib"] = peak_memory_gib(world.device)
     return values
 

@@ -1,64 +1,87 @@
-"""Shards to batches. What a rank yields is a pure function of (manifest, seed, global batch size, position).
+"""Samples to batches. What a rank yields is a pure function of (datasets, seed, global batch size, position).
 
-Threads decode ahead; they change when work is done, never what comes out. Shape legend: B pairs per rank, G = B x world.
+Threads read, decode and tokenise ahead; they change when work is done, never what comes out. A batch is filled in place,
+a few rows a task, so that the training thread has nothing left to copy.
+
+Shape legend: B pairs per rank, G = B x world, C captions a picture, L text tokens, S pixels.
 """
 
-import hashlib
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 import pydantic
 import torch
-from torch import Tensor
 
 from data_tools.errors import UserError
-from data_tools.shards import PICTURE_EXTENSIONS, Manifest, ShardError, ShardReader, find_captions
-from pretrain.config import ConfigError, ConfigModel
+from data_tools.shards import PICTURE_EXTENSIONS, RawSample, find_captions
+from pretrain.config import ConfigError, ConfigModel, Count, Ratio
 from pretrain.contract import Batch
-from pretrain.data.decode import BadSample, decode_image, train_crop
-from pretrain.data.order import sample_at
+from pretrain.data.augment import AugmentConfig
+from pretrain.data.cache import CacheConfig
+from pretrain.data.decode import BadSample, train_pixels
+from pretrain.data.fields import decode_fields
+from pretrain.data.sources import BAD_READS, Ticket, open_source
+from pretrain.data.stages import StageConfig, load_stages
 from pretrain.data.text import Tokenizer
-from pretrain.randomness import generator, hash64
+from pretrain.randomness import generator, stable_id
 from pretrain.world import World
 
 log = logging.getLogger(__name__)
 
 MAX_BAD_IN_A_ROW = 100
+JUDGE_AFTER_SAMPLES = 1000  # a share of bad samples says nothing before
+MAX_AHEAD_BATCHES = 32  # however small they are
+
+
+class DatasetConfig(ConfigModel):
+    """One dataset of a blend."""
+
+    path: str  # as `data.path`
+    weight: Ratio | None = None  # its share of the samples, over the sum of all weights
+    epochs: Ratio | None = None  # instead: how often each of its samples comes while an epoch of the blend goes by
+    captions: Literal["random", "turn"] | None = None  # instead of `data.captions`
 
 
 class DataConfig(ConfigModel):
-    """Where the training pairs come from and how they are cropped."""
+    """Where the training pairs come from, and what is done to them. A list instead is short for `datasets`."""
 
-    path: str  # folder written by `python -m data_tools build`
-    threads: int = pydantic.Field(default=2, ge=1)  # decoding threads a rank
-    prefetch_batches: int = pydantic.Field(default=4, ge=1)
-    crop_scale: list[float] = pydantic.Field(default=[0.9, 1.0], min_length=2, max_length=2)
-    flip: bool = False
+    path: str | None = None  # a folder or URL of `python -m data_tools build` or `view`; tars "x/{000..099}.tar"; "pipe:..."
+    datasets: list[DatasetConfig] | None = pydantic.Field(default=None, min_length=1)  # instead of `path`: a blend
+    captions: Literal["random", "turn"] = "random"  # of several a picture: drawn anew each epoch, or one after the other
+    fields: list[str] = []  # other files of a sample to hand on, decoded, in `Batch.extra`; e.g. [json, cls]
+    stages: list[StageConfig] = []  # functions of yours on each sample before it is decoded
+    augment: AugmentConfig = AugmentConfig()
+    threads: Count = 2  # that read and decode, a rank
+    prefetch_mib: Count = 256  # decoded ahead, a rank
+    window_samples: Count = 100_000  # that are mixed with each other, over all ranks
+    max_bad_share: float = pydantic.Field(default=0.05, ge=0, le=1)  # more samples replaced than this end the run
+    cache: CacheConfig = CacheConfig()
 
-    @pydantic.field_validator("crop_scale")
+    @pydantic.model_validator(mode="before")
     @classmethod
-    def check_crop_scale(cls, scale: list[float]) -> list[float]:
-        if not 0 < scale[0] <= scale[1] <= 1:
-            raise ValueError(
-                f"give the least and the greatest share of the area, 0 < least <= greatest <= 1; found {scale}"
-            )
-        return scale
+    def accept_list(cls, value: Any) -> Any:
+        return {"datasets": value} if isinstance(value, list) else value
 
+    @pydantic.model_validator(mode="after")
+    def check_datasets(self) -> "DataConfig":
+        if (self.path is None) == (self.datasets is None):
+            raise ValueError("give either data.path, or several datasets in data.datasets")
+        given = [(entry.weight is not None, entry.epochs is not None) for entry in self.datasets or []]
+        if len(given) > 1 and set(given) not in ({(True, False)}, {(False, True)}):
+            raise ValueError("data.datasets: give each a weight, or each its epochs")
+        if len({entry.path for entry in self.datasets or []}) < len(self.datasets or []):
+            raise ValueError("data.datasets: a path stands there twice; give it once, with a greater weight")
+        return self
 
-@dataclass
-class Sample:
-    """One decoded pair, as `Batch` collects it."""
-
-    image: Tensor  # [3,S,S] uint8
-    caption: str
-    captions: list[str]
-    key: str
-    position: int
+    def entries(self) -> list[DatasetConfig]:
+        """The datasets, one or many, with their own settings filled in."""
+        entries = self.datasets or [DatasetConfig(path=self.path)]
+        return [entry.model_copy(update={"captions": entry.captions or self.captions}) for entry in entries]
 
 
 def read_captions(fields: dict[str, bytes]) -> list[str]:
@@ -72,17 +95,30 @@ def read_captions(fields: dict[str, bytes]) -> list[str]:
     return captions
 
 
-def read_image(fields: dict[str, bytes]) -> np.ndarray:
-    """[H,W,3] uint8. Raises BadSample if there is none, or it is not a whole picture."""
+def find_picture(fields: dict[str, bytes]) -> bytes:
+    """The encoded picture. Raises BadSample if there is none."""
     for extension in PICTURE_EXTENSIONS:
         if extension in fields:
-            return decode_image(fields[extension])
+            return fields[extension]
     raise BadSample(f"no picture among its files: {', '.join(fields)}")
 
 
-def stable_id(text: str) -> int:
-    """A signed 64-bit number, the same for the same text on every rank and in every run."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+def choose_caption(captions: list[str], how: str, seed: int, epoch: int, key: str) -> str:
+    """One of a sample's captions, by (seed, epoch, key); those that come in turn begin at one of (seed, key)."""
+    if how == "turn":
+        return captions[(stable_id(f"{seed} {key}") + epoch) % len(captions)]
+    return captions[stable_id(f"{seed} {epoch} {key}") % len(captions)]
+
+
+@dataclass
+class Filling:
+    """A batch on its way, filled by several tasks, and what they have to tell."""
+
+    batch: Batch
+    tickets: list[Ticket]
+    true_text_ids: list[list[int]]  # [B] of all captions of each picture
+    failures: list[list[str]]  # [B] why samples before the one that was taken could not be used
+    tasks: list[Future] = field(default_factory=list)
 
 
 class Loader:
@@ -94,107 +130,172 @@ class Loader:
     def __init__(
         self, config: DataConfig, tokenizer: Tokenizer, image_size: int, global_batch: int, seed: int, world: World
     ):
-        self.config, self.tokenizer, self.image_size, self.world, self.seed = config, tokenizer, image_size, world, seed
-        self.manifest = Manifest.load(config.path)
-        self.reader = ShardReader(self.manifest)
         if global_batch % world.size:
             near = [size for size in range(1, global_batch + 1) if global_batch % size == 0]
             raise ConfigError(
                 f"train.batch_size: {global_batch} pairs cannot be shared equally by {world.size} ranks. "
                 f"Use a multiple of {world.size}, or one of {', '.join(map(str, near[-8:]))} ranks."
             )
-        if global_batch > self.manifest.samples:
-            raise ConfigError(
-                f"train.batch_size: {global_batch} is more than the {self.manifest.samples} samples of {config.path}: "
-                "a picture would meet itself in every batch. Use a smaller batch or more data."
-            )
-        self.global_batch = global_batch
+        self.config, self.tokenizer, self.image_size, self.world, self.seed = config, tokenizer, image_size, world, seed
+        self.source = open_source(config, seed, global_batch, world)
+        self.stages = load_stages(config.stages)
+        self.global_batch, self.rows = global_batch, global_batch // world.size
         self.position = 0
-        self.skipped = 0
+        self.seen, self.bad_in_a_row = 0, 0
+        self.skipped: Counter[int] = Counter()  # samples replaced on this rank, by dataset
+        self.ledger = self.source.open_ledger()
+
+    @property
+    def epoch_samples(self) -> int:
+        """Positions of an epoch: of a blend, of all its datasets together."""
+        return self.source.epoch_samples
 
     def state(self) -> dict[str, Any]:
+        """Collective."""
         return {
             "position": self.position,
             "seed": self.seed,
             "global_batch": self.global_batch,
-            "dataset": self.manifest.fingerprint,
+            "source": self.source.describe(),
+            "ledger": self.ledger.state(self.world),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue where `state` was taken. Raises ConfigError when the order would no longer be the same."""
-        for name, now in self.state().items():
-            if name != "position" and state[name] != now:
+        now = {"seed": self.seed, "global_batch": self.global_batch, **self.source.describe()}
+        then = {"seed": state["seed"], "global_batch": state["global_batch"], **state["source"]}
+        for name in now | then:
+            if now.get(name) != then.get(name):
                 raise ConfigError(
-                    f"{self.config.path}: the run was started with {name} {state[name]}, now it is {now}, so the order "
-                    "of samples would change. Put it back, or start a new run folder."
+                    f"{self.source}: the run was started with {name} {then.get(name)}, now it is {now.get(name)}, so the "
+                    "order of samples would change. Put it back, or start a new run folder."
                 )
         self.position = state["position"]
+        self.ledger.restore(state["ledger"], self.world)
 
     def __iter__(self) -> Iterator[Batch]:
-        rows = self.global_batch // self.world.size
-        first_row = self.world.rank * rows
-        pending: deque[list[Future[Sample]]] = deque()
+        batch_bytes = self.rows * 3 * self.image_size**2
+        ahead = min(MAX_AHEAD_BATCHES, max(1, self.config.prefetch_mib * 2**20 // batch_bytes))
+        pending: deque[Filling] = deque()
         submitted = self.position
         with ThreadPoolExecutor(self.config.threads, thread_name_prefix="decode") as pool:
             try:
                 while True:
-                    while len(pending) < self.config.prefetch_batches:
-                        positions = np.arange(submitted + first_row, submitted + first_row + rows)
-                        indices = sample_at(self.manifest.samples, self.seed, positions)
-                        pending.append([pool.submit(self.load, *pair) for pair in zip(positions, indices, strict=True)])
+                    while len(pending) < ahead:
+                        pending.append(self.start(submitted, pool))
                         submitted += self.global_batch
-                    batch = self.collate([future.result() for future in pending.popleft()])
+                    batch = self.finish(pending.popleft())
                     self.position += self.global_batch
                     yield batch
             finally:
-                pool.shutdown(cancel_futures=True)
+                pool.shutdown(wait=False, cancel_futures=True)
+                self.source.close()  # ends reads that would wait for a server
 
-    def load(self, position: int, index: int) -> Sample:
-        """The sample at `position`. A bad one is replaced by a rule that depends on nothing but the position."""
+    def start(self, position: int, pool: ThreadPoolExecutor) -> Filling:
+        """Begin this rank's part of the global batch at `position`."""
+        rows = self.rows
+        positions = position + self.world.rank * rows + np.arange(rows)
+        pinned = self.world.device.type == "cuda"  # so that copying to the GPU does not stop the host
+
+        def empty(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, pin_memory=pinned)
+
+        length = self.tokenizer.context_length
+        batch = Batch(
+            image=empty(rows, 3, self.image_size, self.image_size, dtype=torch.uint8),
+            ids=empty(rows, length),
+            mask=empty(rows, length, dtype=torch.bool),
+            image_id=empty(rows),
+            text_id=empty(rows),
+            true_text_id=empty(rows, 0),
+            position=positions,
+            keys=[""] * rows,
+            extra={name: [None] * rows for name in self.config.fields},
+        )
+        filling = Filling(batch, self.source.draw(positions), [[] for _ in range(rows)], [[] for _ in range(rows)])
+        step = max(1, min(16, rows // (2 * self.config.threads)))
+        for first in range(0, rows, step):
+            filling.tasks.append(pool.submit(self.fill, filling, first, min(rows, first + step)))
+        return filling
+
+    def fill(self, filling: Filling, first: int, last: int) -> None:
+        """Read, decode and tokenise the rows from `first` to before `last`."""
+        batch, captions = filling.batch, []
+        for row in range(first, last):
+            captions.append(self.load(filling, row))
+        batch.ids[first:last], batch.mask[first:last] = self.tokenizer(captions)
+        batch.text_id[first:last] = torch.tensor([stable_id(caption) for caption in captions])
+        batch.image_id[first:last] = torch.tensor([stable_id(key) for key in batch.keys[first:last]])
+
+    def load(self, filling: Filling, row: int) -> str:
+        """Fill one row, all but its text; returns the caption. A bad sample is replaced by a rule that depends on nothing
+        but the position."""
+        ticket = filling.tickets[row]
         for attempt in range(MAX_BAD_IN_A_ROW):
             try:
-                return self.decode(int(position), int(index))
-            except (ShardError, BadSample) as error:
-                self.report_bad(int(index), error)
-                index = int(hash64(self.seed, f"replacement {attempt}", position) % np.uint64(self.manifest.samples))
+                return self.decode(self.stages(self.source.read(ticket, attempt)), ticket, filling, row)
+            except BAD_READS as error:
+                filling.failures[row].append(str(error))
         raise UserError(
-            f"{self.config.path}: {MAX_BAD_IN_A_ROW} samples in a row could not be read at position {position}. "
-            "Check the shards: python -m data_tools info"
+            f"{self.source.name(ticket.dataset)}: {MAX_BAD_IN_A_ROW} samples in a row could not be used at position "
+            f"{ticket.position}: {describe_failures(filling.failures[row])}. Check it: python -m data_tools verify --decode"
         )
 
-    def decode(self, position: int, index: int) -> Sample:
-        raw = self.reader.read(index)
-        draw = generator(self.seed, "augment", position)
+    def decode(self, raw: RawSample, ticket: Ticket, filling: Filling, row: int) -> str:
         captions = read_captions(raw.fields)
-        caption = captions[int(draw.integers(len(captions)))]
-        image = train_crop(read_image(raw.fields), self.image_size, self.config.crop_scale, self.config.flip, draw)
-        return Sample(image, caption, captions, raw.key, position)
-
-    def report_bad(self, index: int, error: Exception) -> None:
-        self.skipped += 1
-        if self.skipped == 1 or self.skipped % 1000 == 0:
-            log.warning("sample %d of %s replaced (%d so far): %s", index, self.config.path, self.skipped, error)
-
-    def collate(self, samples: list[Sample]) -> Batch:
-        ids, mask = self.tokenizer([sample.caption for sample in samples])
-        most = max(len(sample.captions) for sample in samples)
-        true_text_ids = [[*map(stable_id, sample.captions)] for sample in samples]
-        batch = Batch(
-            image=torch.stack([sample.image for sample in samples]),
-            ids=ids,
-            mask=mask,
-            image_id=torch.tensor([stable_id(sample.key) for sample in samples]),
-            text_id=torch.tensor([stable_id(sample.caption) for sample in samples]),
-            true_text_id=torch.tensor([row + row[:1] * (most - len(row)) for row in true_text_ids]),
-            position=np.array([sample.position for sample in samples]),
-            keys=[sample.key for sample in samples],
+        extra = decode_fields({name: raw.fields[name] for name in self.config.fields if name in raw.fields})
+        pixels = train_pixels(
+            find_picture(raw.fields),
+            self.image_size,
+            self.config.augment,
+            generator(self.seed, "augment", ticket.position),
         )
-        return pin(batch) if self.world.device.type == "cuda" else batch
+        filling.batch.image[row] = pixels
+        filling.batch.keys[row] = raw.key
+        for name, value in extra.items():
+            filling.batch.extra[name][row] = value
+        filling.true_text_ids[row] = [stable_id(caption) for caption in captions]
+        how = self.source.entries[ticket.dataset].captions
+        return choose_caption(captions, how, self.seed, ticket.epoch, raw.key)
+
+    def finish(self, filling: Filling) -> Batch:
+        """Wait for a batch; count it, its bad samples and what the ledger keeps, in the order of positions."""
+        for task in filling.tasks:
+            task.result()
+        most = max(map(len, filling.true_text_ids))
+        rows = [row + row[:1] * (most - len(row)) for row in filling.true_text_ids]
+        true_text_id = torch.tensor(rows)
+        batch = filling.batch
+        batch.true_text_id = true_text_id.pin_memory() if self.world.device.type == "cuda" else true_text_id
+        for ticket, failures in zip(filling.tickets, filling.failures, strict=True):
+            self.judge(ticket, failures)
+        self.ledger.add(filling.tickets)
+        return batch
+
+    def judge(self, ticket: Ticket, failures: list[str]) -> None:
+        """Count a sample, name the first bad one and each thousandth, and stop where too many are bad."""
+        self.seen += 1
+        self.bad_in_a_row = self.bad_in_a_row + 1 if failures else 0
+        name = self.source.name(ticket.dataset)
+        if failures:
+            self.skipped[ticket.dataset] += 1
+            skipped = self.skipped.total()
+            if skipped == 1 or skipped % 1000 == 0:
+                log.warning("%s: a sample was replaced, %d so far: %s", name, skipped, failures[0])
+            if self.bad_in_a_row == MAX_BAD_IN_A_ROW:
+                raise UserError(
+                    f"{name}: {MAX_BAD_IN_A_ROW} samples in a row could not be used, the last one: {failures[0]}. "
+                    "Check it: python -m data_tools verify --decode"
+                )
+            if self.seen >= JUDGE_AFTER_SAMPLES and skipped > self.config.max_bad_share * self.seen:
+                raise UserError(
+                    f"{name}: {skipped} of {self.seen} samples could not be used, more than data.max_bad_share "
+                    f"{self.config.max_bad_share:g}; the last one: {failures[0]}. Take the bad ones out: python -m data_tools "
+                    "verify --decode --quarantine"
+                )
 
 
-def pin(batch: Batch) -> Batch:
-    """Move the tensors to page-locked memory, so that copying to the GPU does not stop the host."""
-    for name, value in vars(batch).items():
-        if isinstance(value, Tensor):
-            setattr(batch, name, value.pin_memory())
-    return batch
+def describe_failures(failures: list[str]) -> str:
+    """The most frequent reason, and how many there are of it."""
+    reason, count = Counter(failures).most_common(1)[0]
+    return f"{reason} ({count} of {len(failures)})"

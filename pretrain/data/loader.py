@@ -20,7 +20,8 @@ from data_tools.errors import UserError
 from data_tools.shards import PICTURE_EXTENSIONS, Manifest, ShardError, ShardReader, find_captions
 from pretrain.config import ConfigError, ConfigModel
 from pretrain.contract import Batch
-from pretrain.data.decode import BadSample, decode_image, train_crop
+from pretrain.data.augment import AugmentConfig, train_pixels
+from pretrain.data.decode import BadSample, decode_image
 from pretrain.data.order import sample_at
 from pretrain.data.text import Tokenizer
 from pretrain.randomness import generator, hash64
@@ -32,22 +33,12 @@ MAX_BAD_IN_A_ROW = 100
 
 
 class DataConfig(ConfigModel):
-    """Where the training pairs come from and how they are cropped."""
+    """Where the training pairs come from and how their pictures are changed."""
 
     path: str  # folder written by `python -m data_tools build`
     threads: int = pydantic.Field(default=2, ge=1)  # decoding threads a rank
     prefetch_batches: int = pydantic.Field(default=4, ge=1)
-    crop_scale: list[float] = pydantic.Field(default=[0.9, 1.0], min_length=2, max_length=2)
-    flip: bool = False
-
-    @pydantic.field_validator("crop_scale")
-    @classmethod
-    def check_crop_scale(cls, scale: list[float]) -> list[float]:
-        if not 0 < scale[0] <= scale[1] <= 1:
-            raise ValueError(
-                f"give the least and the greatest share of the area, 0 < least <= greatest <= 1; found {scale}"
-            )
-        return scale
+    augment: AugmentConfig = AugmentConfig()
 
 
 @dataclass
@@ -74,9 +65,14 @@ def read_captions(fields: dict[str, bytes]) -> list[str]:
 
 def read_image(fields: dict[str, bytes]) -> np.ndarray:
     """[H,W,3] uint8. Raises BadSample if there is none, or it is not a whole picture."""
+    return decode_image(find_image(fields))
+
+
+def find_image(fields: dict[str, bytes]) -> bytes:
+    """The encoded picture of a sample. Raises BadSample if there is none."""
     for extension in PICTURE_EXTENSIONS:
         if extension in fields:
-            return decode_image(fields[extension])
+            return fields[extension]
     raise BadSample(f"no picture among its files: {', '.join(fields)}")
 
 
@@ -167,7 +163,7 @@ class Loader:
         draw = generator(self.seed, "augment", position)
         captions = read_captions(raw.fields)
         caption = captions[int(draw.integers(len(captions)))]
-        image = train_crop(read_image(raw.fields), self.image_size, self.config.crop_scale, self.config.flip, draw)
+        image = train_pixels(find_image(raw.fields), self.image_size, self.config.augment, draw)
         return Sample(image, caption, captions, raw.key, position)
 
     def report_bad(self, index: int, error: Exception) -> None:

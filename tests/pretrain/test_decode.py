@@ -216,9 +216,11 @@ def test_a_progressive_jpeg_that_ends_early_is_bad() -> None:
     refused(encoded[: len(encoded) // 2])  # other decoders show it blurred
 
 
-def test_damaged_coding_is_bad() -> None:
+@pytest.mark.parametrize("junk", [b"\xff\0" * 200, bytes(400)], ids=["no code", "another code"])
+@pytest.mark.parametrize("place", [800, 2000, 3000])
+def test_damaged_coding_is_bad(place: int, junk: bytes) -> None:
     encoded = bytearray(encode(draw(60, 80), quality=95))
-    encoded[1000:1400] = b"\xff\0" * 200  # ones, which are no code
+    encoded[place : place + 400] = junk
     refused(bytes(encoded))
 
 

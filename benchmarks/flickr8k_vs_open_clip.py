@@ -232,7 +232,7 @@ def write_inputs(towers: dict[str, Any], pairs: list[tuple[str, str]], folder: P
 
 def open_clip_arguments(config: RunConfig, epochs: int, folder: Path) -> list[str]:
     """Our config in the words of open_clip's command line."""
-    engine, crop = config.engine, config.data.crop_scale
+    engine, crop = config.engine, config.data.augment.crop_scale
     values = {
         "train-data": folder / "train.csv",
         "dataset-type": "csv",

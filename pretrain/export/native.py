@@ -29,7 +29,7 @@ from data_tools.errors import UserError
 from data_tools.files import write_json_atomic
 from pretrain import __version__
 from pretrain.config import check_config
-from pretrain.data.decode import decode_image, eval_crop
+from pretrain.data.decode import eval_crop, eval_pixels
 from pretrain.data.text import Tokenizer, build_tokenizer
 from pretrain.export.card import Guide
 from pretrain.export.compare import Reloaded
@@ -82,9 +82,10 @@ class LoadedModel:
 
         Raises BadSample for bytes that are not a whole picture.
         """
-        encoded = isinstance(picture, bytes)
-        pixels = decode_image(picture) if encoded else np.array(picture.convert("RGB"))
-        return eval_crop(pixels, self.config.image.image_size)
+        size = self.config.image.image_size
+        if isinstance(picture, bytes):
+            return eval_pixels(picture, size)
+        return eval_crop(np.array(picture.convert("RGB")), size)
 
     def embed_images(self, pictures: Pictures) -> Tensor:
         """[n,E] float32, unit norm."""

@@ -44,7 +44,7 @@ def refusal(*overrides: str) -> str:
         ("engine.precision=fp64", ["engine.precision", "fp32"]),
         ("model.image.patch_size=7", ["model.image", "multiple of patch_size 7"]),
         ("model.fusion=null", ["losses.matching needs model.fusion"]),
-        ("data.crop_scale=[0.9, 0.1]", ["data.crop_scale", "least"]),
+        ("data.augment.crop_scale=[0.9, 0.1]", ["data.augment.crop_scale", "least"]),
         ("data.path.sub=1", ["'path' is a single value"]),
         ("data.path", ["write key=value"]),
         ("train={", ["not valid YAML"]),

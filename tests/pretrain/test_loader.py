@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pretrain.config import ConfigError
-from pretrain.data.decode import BadSample, decode_image, eval_crop, resize, to_tensor, train_crop
+from pretrain.data.augment import AugmentConfig
 from pretrain.data.loader import DataConfig, Loader
 from pretrain.data.text import ClipTokenizerConfig, build_tokenizer
 from pretrain.world import World
@@ -30,9 +30,8 @@ def take(loader: Loader, count: int) -> list:
 def make(
     shards: Path, tokenizer, world: World | None = None, threads: int = 1, batch: int = 8, seed: int = 0
 ) -> Loader:
-    return Loader(
-        DataConfig(path=str(shards), threads=threads, flip=True), tokenizer, 32, batch, seed, world or World()
-    )
+    config = DataConfig(path=str(shards), threads=threads, augment=AugmentConfig(flip=0.5))
+    return Loader(config, tokenizer, 32, batch, seed, world or World())
 
 
 def fields(batches: list) -> list[torch.Tensor]:
@@ -138,39 +137,3 @@ def test_the_mask_covers_the_end_mark_and_no_padding(tokenizer) -> None:
         real = ids[row][mask[row]]
         assert real[0] == 49406 and real[-1] == 49407 and (ids[row][~mask[row]] == 0).all()
     assert mask[1].all()
-
-
-def test_evaluation_crop_is_open_clips(shards: Path) -> None:
-    from PIL import Image
-
-    from pretrain.torchvision_ops import prepare_torchvision
-
-    prepare_torchvision()
-    from open_clip import image_transform
-    from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
-
-    transform = image_transform(32, is_train=False)
-    for height, width in ((48, 97), (131, 57), (32, 32), (20, 25)):
-        noise = np.random.default_rng(0).integers(0, 256, (6, 6, 3), dtype=np.uint8)
-        image = np.array(Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC))
-        theirs = transform(Image.fromarray(image))
-        mean, std = torch.tensor(OPENAI_DATASET_MEAN)[:, None, None], torch.tensor(OPENAI_DATASET_STD)[:, None, None]
-        theirs = ((theirs * std + mean) * 255).round()
-        assert (eval_crop(image, 32).float() - theirs).abs().max() <= 2
-
-
-def test_training_crop_is_a_resized_part_of_the_picture() -> None:
-    image = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
-    whole = train_crop(image, 32, [1.0, 1.0], False, np.random.default_rng(0))
-    assert whole.shape == (3, 32, 32) and whole.dtype == torch.uint8
-    square = np.ascontiguousarray(image[:, :40])
-    crops = {bytes(train_crop(square, 32, [0.2, 0.5], False, np.random.default_rng(n)).numpy()) for n in range(5)}
-    assert len(crops) == 5
-    same = resize(to_tensor(square), 40, 40)
-    assert torch.equal(same, to_tensor(square))
-
-
-@pytest.mark.parametrize("data", [b"", b"no picture", b"\xff\xd8\xff\xe0 cut short", b"\x89PNG\r\n\x1a\n cut"])
-def test_bytes_that_are_no_picture(data: bytes) -> None:
-    with pytest.raises(BadSample):
-        decode_image(data)

@@ -20,7 +20,7 @@ import torch
 from data_tools.errors import UserError
 from data_tools.files import write_atomic, write_json_atomic
 from pretrain import __version__, checkpoint
-from pretrain.config import ConfigModel, load_config, render_config
+from pretrain.config import ConfigError, ConfigModel, load_config, render_config
 from pretrain.data.loader import DataConfig, Loader
 from pretrain.data.text import build_tokenizer
 from pretrain.engine import EngineConfig, build_engine, import_deepspeed, learning_rate, set_learning_rate
@@ -53,9 +53,14 @@ class TrainConfig(ConfigModel):
     keep_checkpoints: int = pydantic.Field(default=2, ge=1)
     resume: Literal["auto", "never"] = "auto"
 
-    def steps(self, samples: int) -> int:
-        """The duration in steps, for a dataset of that many samples; a part of a batch counts as one more step."""
+    def steps(self, samples: int | None) -> int:
+        """The duration in steps, for a dataset of that many samples; a part of a batch counts as one more step.
+
+        Raises ConfigError for epochs of a stream, of which nobody knows how many samples it has (None).
+        """
         number, unit = self.duration.split()
+        if unit == "epochs" and samples is None:
+            raise ConfigError(f"train.duration: '{self.duration}' of a stream cannot be counted. Give steps or samples")
         total = int(number) * {"steps": self.batch_size, "epochs": samples, "samples": 1}[unit]
         return -(-total // self.batch_size)
 
@@ -93,10 +98,11 @@ def train(config: RunConfig, world: World) -> int:
     model = build_model(config.model, tokenizer, config.seed, world).train()
     engine = build_engine(model, config.engine, batch_size, world)
     step = restore(engine, loader, *newest) if newest else 0
-    steps = config.train.steps(loader.epoch_samples)
+    steps = config.train.steps(loader.supply.epoch_samples)
     if world.is_main:
         describe_run(config)
-        log.info("%s: %s, %d samples, step %d of %d", config.run, size_of(engine), loader.epoch_samples, step, steps)
+        samples = "a stream" if loader.supply.epoch_samples is None else f"{loader.supply.epoch_samples:,} samples"
+        log.info("%s: %s, %s, step %d of %d", config.run, size_of(engine), samples, step, steps)
 
     clock = Clock()
     metrics = Metrics(config.run, step, steps, enabled=world.is_main)

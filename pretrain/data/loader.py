@@ -8,8 +8,8 @@ Shape legend: B pairs per rank, G = B x world, C captions a picture, L text toke
 
 import logging
 from collections import Counter, deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ from pretrain.data.augment import AugmentConfig
 from pretrain.data.cache import CacheConfig
 from pretrain.data.decode import BadSample, train_pixels
 from pretrain.data.fields import decode_fields
-from pretrain.data.sources import BAD_READS, Ticket, open_source
+from pretrain.data.supply import BAD_READS, Draw, open_supply
 from pretrain.data.stages import StageConfig, load_stages
 from pretrain.data.text import Tokenizer
 from pretrain.randomness import generator, stable_id
@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 MAX_BAD_IN_A_ROW = 100
 JUDGE_AFTER_SAMPLES = 1000  # a share of bad samples says nothing before
 MAX_AHEAD_BATCHES = 32  # however small they are
+MAX_ROWS_A_TASK = 16
+ADVICE = "Find and leave out what is bad: python -m data_tools verify --decode --quarantine"
 
 
 class DatasetConfig(ConfigModel):
@@ -56,7 +58,7 @@ class DataConfig(ConfigModel):
     fields: list[str] = []  # other files of a sample to hand on, decoded, in `Batch.extra`; e.g. [json, cls]
     stages: list[StageConfig] = []  # functions of yours on each sample before it is decoded
     augment: AugmentConfig = AugmentConfig()
-    threads: Count = 2  # that read and decode, a rank
+    threads: int = pydantic.Field(default=2, ge=0)  # that read and decode, a rank; 0 = the training thread does it
     prefetch_mib: Count = 256  # decoded ahead, a rank
     window_samples: Count = 100_000  # that are mixed with each other, over all ranks
     max_bad_share: float = pydantic.Field(default=0.05, ge=0, le=1)  # more samples replaced than this end the run
@@ -110,15 +112,31 @@ def choose_caption(captions: list[str], how: str, seed: int, epoch: int, key: st
     return captions[stable_id(f"{seed} {epoch} {key}") % len(captions)]
 
 
+class InThisThread(Executor):
+    """Does each task at once."""
+
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> Future:
+        done: Future = Future()
+        try:
+            done.set_result(function(*arguments))
+        except Exception as error:
+            done.set_exception(error)
+        return done
+
+
 @dataclass
 class Filling:
     """A batch on its way, filled by several tasks, and what they have to tell."""
 
     batch: Batch
-    tickets: list[Ticket]
+    draw: Draw
     true_text_ids: list[list[int]]  # [B] of all captions of each picture
     failures: list[list[str]]  # [B] why samples before the one that was taken could not be used
+    pixels: np.ndarray  # uint8 [B,3,S,S], the memory of `batch.image`
     tasks: list[Future] = field(default_factory=list)
+
+    def dataset(self, row: int) -> int:
+        return int(self.draw.places.dataset[row])
 
 
 class Loader:
@@ -137,48 +155,61 @@ class Loader:
                 f"Use a multiple of {world.size}, or one of {', '.join(map(str, near[-8:]))} ranks."
             )
         self.config, self.tokenizer, self.image_size, self.world, self.seed = config, tokenizer, image_size, world, seed
-        self.source = open_source(config, seed, global_batch, world)
+        self.supply = open_supply(config, seed, global_batch, world)
         self.stages = load_stages(config.stages)
+        self.captions = [entry.captions for entry in config.entries()]
         self.global_batch, self.rows = global_batch, global_batch // world.size
         self.position = 0
-        self.seen, self.bad_in_a_row = 0, 0
-        self.skipped: Counter[int] = Counter()  # samples replaced on this rank, by dataset
-        self.ledger = self.source.open_ledger()
-
-    @property
-    def epoch_samples(self) -> int:
-        """Positions of an epoch: of a blend, of all its datasets together."""
-        return self.source.epoch_samples
+        self.bad_in_a_row = 0
+        self.seen, self.skipped = Counter(), Counter()  # samples and replaced ones of this rank, by dataset
 
     def state(self) -> dict[str, Any]:
-        """Collective."""
+        """For a checkpoint. Collective."""
+        ledger = self.supply.ledger
         return {
             "position": self.position,
             "seed": self.seed,
             "global_batch": self.global_batch,
-            "source": self.source.describe(),
-            "ledger": self.ledger.state(self.world),
+            "supply": self.supply.describe(),
+            "ledger": ledger.state(self.world) if ledger else [],
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue where `state` was taken. Raises ConfigError when the order would no longer be the same."""
-        now = {"seed": self.seed, "global_batch": self.global_batch, **self.source.describe()}
-        then = {"seed": state["seed"], "global_batch": state["global_batch"], **state["source"]}
+        now = {"seed": self.seed, "global_batch": self.global_batch, **self.supply.describe()}
+        then = {"seed": state["seed"], "global_batch": state["global_batch"], **state["supply"]}
         for name in now | then:
             if now.get(name) != then.get(name):
                 raise ConfigError(
-                    f"{self.source}: the run was started with {name} {then.get(name)}, now it is {now.get(name)}, so the "
-                    "order of samples would change. Put it back, or start a new run folder."
+                    f"{', '.join(self.supply.names)}: the run was started with {name} {then.get(name)}, now it is "
+                    f"{now.get(name)}, so the order of samples would change. Put it back, or start a new run folder."
                 )
         self.position = state["position"]
-        self.ledger.restore(state["ledger"], self.world)
+        if self.supply.ledger:
+            self.supply.ledger.restore(state["ledger"], self.position, self.world)
+
+    def close_epochs(self) -> None:
+        """Log the proof of each epoch that ended before `position`, or an alarm. Collective, after each step."""
+        for report in self.supply.ledger.close_epochs(self.position, self.world) if self.supply.ledger else []:
+            log.log(logging.INFO if report.matched else logging.ERROR, report.message)
+
+    def measure(self) -> dict[str, float]:
+        """Samples taken and replaced so far, over all ranks and since the run was last started. Collective."""
+        everyone = self.world.gather_objects((self.seen, self.skipped))
+        seen, skipped = (sum((part[which] for part in everyone), Counter()) for which in (0, 1))
+        values = {"data/skipped": skipped.total()}
+        if len(self.supply.names) > 1:
+            for number, name in enumerate(self.supply.names):
+                values |= {f"data/samples/{name}": seen[number], f"data/skipped/{name}": skipped[number]}
+        return values
 
     def __iter__(self) -> Iterator[Batch]:
         batch_bytes = self.rows * 3 * self.image_size**2
         ahead = min(MAX_AHEAD_BATCHES, max(1, self.config.prefetch_mib * 2**20 // batch_bytes))
         pending: deque[Filling] = deque()
         submitted = self.position
-        with ThreadPoolExecutor(self.config.threads, thread_name_prefix="decode") as pool:
+        threads = self.config.threads
+        with ThreadPoolExecutor(threads, thread_name_prefix="decode") if threads else InThisThread() as pool:
             try:
                 while True:
                     while len(pending) < ahead:
@@ -189,113 +220,104 @@ class Loader:
                     yield batch
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
-                self.source.close()  # ends reads that would wait for a server
+                self.supply.close()  # so that no thread waits for a store
 
-    def start(self, position: int, pool: ThreadPoolExecutor) -> Filling:
+    def start(self, position: int, pool: Executor) -> Filling:
         """Begin this rank's part of the global batch at `position`."""
-        rows = self.rows
+        rows, length = self.rows, self.tokenizer.context_length
         positions = position + self.world.rank * rows + np.arange(rows)
         pinned = self.world.device.type == "cuda"  # so that copying to the GPU does not stop the host
 
         def empty(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
             return torch.empty(shape, dtype=dtype, pin_memory=pinned)
 
-        length = self.tokenizer.context_length
         batch = Batch(
             image=empty(rows, 3, self.image_size, self.image_size, dtype=torch.uint8),
             ids=empty(rows, length),
             mask=empty(rows, length, dtype=torch.bool),
             image_id=empty(rows),
             text_id=empty(rows),
-            true_text_id=empty(rows, 0),
+            true_text_id=empty(rows, 0),  # as wide as the picture with most captions: see `finish`
             position=positions,
             keys=[""] * rows,
             extra={name: [None] * rows for name in self.config.fields},
         )
-        filling = Filling(batch, self.source.draw(positions), [[] for _ in range(rows)], [[] for _ in range(rows)])
-        step = max(1, min(16, rows // (2 * self.config.threads)))
+        lists = [[[] for _ in range(rows)] for _ in range(2)]
+        filling = Filling(batch, self.supply.draw(positions), *lists, batch.image.numpy())
+        step = max(1, min(MAX_ROWS_A_TASK, rows // (2 * max(1, self.config.threads))))
         for first in range(0, rows, step):
             filling.tasks.append(pool.submit(self.fill, filling, first, min(rows, first + step)))
         return filling
 
     def fill(self, filling: Filling, first: int, last: int) -> None:
         """Read, decode and tokenise the rows from `first` to before `last`."""
-        batch, captions = filling.batch, []
-        for row in range(first, last):
-            captions.append(self.load(filling, row))
+        batch = filling.batch
+        captions = [self.load(filling, row) for row in range(first, last)]
         batch.ids[first:last], batch.mask[first:last] = self.tokenizer(captions)
         batch.text_id[first:last] = torch.tensor([stable_id(caption) for caption in captions])
         batch.image_id[first:last] = torch.tensor([stable_id(key) for key in batch.keys[first:last]])
 
     def load(self, filling: Filling, row: int) -> str:
-        """Fill one row, all but its text; returns the caption. A bad sample is replaced by a rule that depends on nothing
-        but the position."""
-        ticket = filling.tickets[row]
+        """Fill one row, all but its text; returns the caption.
+
+        A sample that cannot be used is replaced by a rule that depends on nothing but the position.
+        """
+        failures = filling.failures[row]
         for attempt in range(MAX_BAD_IN_A_ROW):
             try:
-                return self.decode(self.stages(self.source.read(ticket, attempt)), ticket, filling, row)
+                return self.decode(self.stages(self.supply.read(filling.draw, row, attempt)), filling, row)
             except BAD_READS as error:
-                filling.failures[row].append(str(error))
+                failures.append(str(error))
+        reason, count = Counter(failures).most_common(1)[0]
         raise UserError(
-            f"{self.source.name(ticket.dataset)}: {MAX_BAD_IN_A_ROW} samples in a row could not be used at position "
-            f"{ticket.position}: {describe_failures(filling.failures[row])}. Check it: python -m data_tools verify --decode"
+            f"{self.supply.names[filling.dataset(row)]}: {MAX_BAD_IN_A_ROW} samples in a row could not be used at position "
+            f"{filling.draw.positions[row]}, {count} of them because: {reason}. {ADVICE}"
         )
 
-    def decode(self, raw: RawSample, ticket: Ticket, filling: Filling, row: int) -> str:
+    def decode(self, raw: RawSample, filling: Filling, row: int) -> str:
+        """Put a sample into its row; returns the caption that was chosen. Raises BadSample."""
+        batch, position = filling.batch, int(filling.draw.positions[row])
         captions = read_captions(raw.fields)
-        extra = decode_fields({name: raw.fields[name] for name in self.config.fields if name in raw.fields})
-        pixels = train_pixels(
-            find_picture(raw.fields),
-            self.image_size,
-            self.config.augment,
-            generator(self.seed, "augment", ticket.position),
-        )
-        filling.batch.image[row] = pixels
-        filling.batch.keys[row] = raw.key
+        extra = decode_fields({name: raw.fields[name] for name in batch.extra if name in raw.fields})
+        draws = generator(self.seed, "augment", position)
+        pixels = train_pixels(find_picture(raw.fields), self.image_size, self.config.augment, draws)
+        filling.pixels[row] = pixels
+        batch.keys[row] = raw.key
         for name, value in extra.items():
-            filling.batch.extra[name][row] = value
+            batch.extra[name][row] = value
         filling.true_text_ids[row] = [stable_id(caption) for caption in captions]
-        how = self.source.entries[ticket.dataset].captions
-        return choose_caption(captions, how, self.seed, ticket.epoch, raw.key)
+        epoch = int(filling.draw.places.epoch[row])
+        return choose_caption(captions, self.captions[filling.dataset(row)], self.seed, epoch, raw.key)
 
     def finish(self, filling: Filling) -> Batch:
-        """Wait for a batch; count it, its bad samples and what the ledger keeps, in the order of positions."""
+        """Wait for a batch; count it, and its bad samples in the order of positions."""
         for task in filling.tasks:
             task.result()
-        most = max(map(len, filling.true_text_ids))
-        rows = [row + row[:1] * (most - len(row)) for row in filling.true_text_ids]
-        true_text_id = torch.tensor(rows)
         batch = filling.batch
-        batch.true_text_id = true_text_id.pin_memory() if self.world.device.type == "cuda" else true_text_id
-        for ticket, failures in zip(filling.tickets, filling.failures, strict=True):
-            self.judge(ticket, failures)
-        self.ledger.add(filling.tickets)
+        most = max(map(len, filling.true_text_ids))
+        batch.true_text_id = torch.tensor([ids + ids[:1] * (most - len(ids)) for ids in filling.true_text_ids])
+        if batch.image.is_pinned():
+            batch.true_text_id = batch.true_text_id.pin_memory()
+        for row, failures in enumerate(filling.failures):
+            self.judge(filling.dataset(row), failures)
+        if self.supply.ledger:
+            self.supply.ledger.add(filling.draw.places)
         return batch
 
-    def judge(self, ticket: Ticket, failures: list[str]) -> None:
+    def judge(self, dataset: int, failures: list[str]) -> None:
         """Count a sample, name the first bad one and each thousandth, and stop where too many are bad."""
-        self.seen += 1
+        self.seen[dataset] += 1
         self.bad_in_a_row = self.bad_in_a_row + 1 if failures else 0
-        name = self.source.name(ticket.dataset)
-        if failures:
-            self.skipped[ticket.dataset] += 1
-            skipped = self.skipped.total()
-            if skipped == 1 or skipped % 1000 == 0:
-                log.warning("%s: a sample was replaced, %d so far: %s", name, skipped, failures[0])
-            if self.bad_in_a_row == MAX_BAD_IN_A_ROW:
-                raise UserError(
-                    f"{name}: {MAX_BAD_IN_A_ROW} samples in a row could not be used, the last one: {failures[0]}. "
-                    "Check it: python -m data_tools verify --decode"
-                )
-            if self.seen >= JUDGE_AFTER_SAMPLES and skipped > self.config.max_bad_share * self.seen:
-                raise UserError(
-                    f"{name}: {skipped} of {self.seen} samples could not be used, more than data.max_bad_share "
-                    f"{self.config.max_bad_share:g}; the last one: {failures[0]}. Take the bad ones out: python -m data_tools "
-                    "verify --decode --quarantine"
-                )
-
-
-def describe_failures(failures: list[str]) -> str:
-    """The most frequent reason, and how many there are of it."""
-    reason, count = Counter(failures).most_common(1)[0]
-    return f"{reason} ({count} of {len(failures)})"
+        if not failures:
+            return
+        self.skipped[dataset] += 1
+        name, skipped, seen = self.supply.names[dataset], self.skipped.total(), self.seen.total()
+        if skipped == 1 or skipped % 1000 == 0:
+            log.warning("%s: a sample was replaced, %d so far: %s", name, skipped, failures[0])
+        if self.bad_in_a_row == MAX_BAD_IN_A_ROW:
+            raise UserError(f"{name}: {MAX_BAD_IN_A_ROW} samples in a row could not be used: {failures[0]}. {ADVICE}")
+        if seen >= JUDGE_AFTER_SAMPLES and skipped > self.config.max_bad_share * seen:
+            raise UserError(
+                f"{name}: {skipped} of {seen} samples could not be used, more than data.max_bad_share = "
+                f"{self.config.max_bad_share:g}; the last one: {failures[0]}. {ADVICE}"
+            )

@@ -1,13 +1,28 @@
 """The loader against its promises: a pure function of position, whatever the ranks, the threads and the bad samples."""
 
+import io
+import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections import Counter
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from paths import ROOT
+from PIL import Image
+from ranks import run_on_ranks
 
+from data_tools.errors import UserError
+from data_tools.shards import Manifest, write_shard
 from pretrain.config import ConfigError
 from pretrain.data.augment import AugmentConfig
 from pretrain.data.loader import DataConfig, Loader
@@ -28,10 +43,62 @@ def take(loader: Loader, count: int) -> list:
 
 
 def make(
-    shards: Path, tokenizer, world: World | None = None, threads: int = 1, batch: int = 8, seed: int = 0
+    shards: Path, tokenizer, world: World | None = None, threads: int = 1, batch: int = 8, seed: int = 0, **data
 ) -> Loader:
-    config = DataConfig(path=str(shards), threads=threads, augment=AugmentConfig(flip=0.5))
+    config = DataConfig(path=str(shards), threads=threads, augment=AugmentConfig(flip=0.5), **data)
     return Loader(config, tokenizer, 32, batch, seed, world or World())
+
+
+class NoTokenizer:
+    """Ids that nobody looks at."""
+
+    context_length = 2
+
+    def __call__(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.ones(len(texts), 2, dtype=torch.int64), torch.ones(len(texts), 2, dtype=torch.bool)
+
+
+def draw_picture(colour: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), (colour % 256, colour // 256, 0)).save(file, "JPEG", quality=95)
+    return file.getvalue()
+
+
+def write_dataset(folder: Path, counts: list[int], name: str = "s") -> Path:
+    """Shards of so many samples each, of one colour a sample and with three captions."""
+    folder.mkdir(parents=True)
+    infos = []
+    for number, count in enumerate(counts):
+        with write_shard(folder, f"{number:05d}.tar") as writer:
+            for place in range(count):
+                key = f"{name}{number:04d}_{place:04d}"
+                texts = [f"{key} {text}" for text in "abc"]
+                writer.add(key, {"jpg": draw_picture(place), "json": json.dumps({"captions": texts}).encode()})
+        infos.append(writer.info)
+    Manifest.of_shards(folder, infos).write()
+    return folder
+
+
+def flip_bytes(folder: Path, share: float, seed: int = 0) -> set[str]:
+    """Damage the pictures of a share of the samples; returns their keys."""
+    manifest, damaged = Manifest.load(folder), set()
+    draw = np.random.default_rng(seed)
+    for number, shard in enumerate(manifest.shards):
+        data = bytearray((folder / shard.name).read_bytes())
+        offsets = manifest.load_index(number)
+        for place in np.flatnonzero(draw.random(shard.samples) < share):
+            start = int(offsets[place])
+            damaged.add(data[start : start + 100].split(b".")[0].decode())
+            data[start + 512 : start + 532] = bytes(byte ^ 0xFF for byte in data[start + 512 : start + 532])
+        (folder / shard.name).write_bytes(data)
+    return damaged
+
+
+def take_keys(config: DataConfig, batch: int, steps: int, world: World, state: dict | None = None) -> list[list[str]]:
+    loader = Loader(config, NoTokenizer(), 8, batch, 3, world)
+    if state:
+        loader.restore(state)
+    return [batch.keys for batch in take(loader, steps)]
 
 
 def fields(batches: list) -> list[torch.Tensor]:
@@ -69,24 +136,93 @@ def test_state_resumes_in_mid_epoch(shards: Path, tokenizer) -> None:
     whole = take(make(shards / "train", tokenizer), 9)
     first = make(shards / "train", tokenizer)
     take(first, 4)
-    state = first.state()
-    assert state["position"] == 32 and all(isinstance(value, int | str) for value in state.values())
+    state = json.loads(json.dumps(first.state()))
+    assert state["position"] == 32 and len(json.dumps(state)) < 1000
     second = make(shards / "train", tokenizer, threads=2)
     second.restore(state)
     for batch, expected in zip(take(second, 5), whole[4:], strict=True):
         assert batch.keys == expected.keys and torch.equal(batch.image, expected.image)
 
 
-@pytest.mark.parametrize("change", ["seed", "batch", "data"])
+@pytest.mark.parametrize("change", ["seed", "batch", "data", "window"])
 def test_a_state_of_another_order_is_refused(change: str, shards: Path, tokenizer) -> None:
     state = make(shards / "train", tokenizer).state()
     other = {
         "seed": lambda: make(shards / "train", tokenizer, seed=1),
         "batch": lambda: make(shards / "train", tokenizer, batch=16),
         "data": lambda: make(shards / "val", tokenizer),
+        "window": lambda: make(shards / "train", tokenizer, window_samples=10),
     }[change]()
     with pytest.raises(ConfigError, match="order of samples would change"):
         other.restore(state)
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.data())
+def test_any_topology_gives_the_same_batches_and_each_epoch_each_sample_once(tmp_path_factory, data) -> None:
+    folder = tmp_path_factory.mktemp("property")
+    draw = data.draw
+    datasets = []
+    for number in range(draw(st.integers(1, 3), "datasets")):
+        counts = draw(st.lists(st.integers(0, 6), min_size=1, max_size=40).filter(lambda c: sum(c) >= 24), "counts")
+        path = write_dataset(folder / str(number), counts, name=f"d{number}s")
+        datasets.append({"path": str(path), "weight": draw(st.sampled_from([1, 1, 2, 0.5]), "weight"), "keys": sum(counts)})
+    ranks = draw(st.integers(1, 8), "ranks")
+    batch = ranks * draw(st.integers(1, 24 // ranks), "rows")
+    entries = [{"path": entry["path"], "weight": entry["weight"]} for entry in datasets]
+    window = draw(st.sampled_from([1, 7, 100]), "window")
+
+    def config(threads: int) -> DataConfig:
+        return DataConfig(datasets=entries, threads=threads, window_samples=window)
+
+    total, weights = sum(entry["keys"] for entry in datasets), sum(entry["weight"] for entry in datasets)
+    rarest = max(entry["keys"] * weights / entry["weight"] for entry in datasets)
+    steps = int(min(2 * rarest, 4 * total) // batch) + 2
+    alone = take_keys(config(0), batch, steps, World())
+    cut = draw(st.integers(0, steps - 1), "cut")
+    threads = draw(st.integers(0, 4), "threads")
+    first = Loader(config(1), NoTokenizer(), 8, batch, 3, World())
+    take(first, cut)
+    state = first.state()
+    parts = [take_keys(config(threads), batch, steps - cut, World(rank, ranks, rank), state) for rank in range(ranks)]
+    assert [sum(step, []) for step in zip(*parts, strict=True)] == alone[cut:]
+    flat = sum(alone, [])
+    for number, entry in enumerate(datasets):
+        own = [key for key in flat if key.startswith(f"d{number}s")]
+        for epoch in range(len(own) // entry["keys"]):
+            assert max(Counter(own[epoch * entry["keys"] : (epoch + 1) * entry["keys"]]).values()) == 1
+
+
+def test_a_blend_keeps_its_shares_and_counts_them(tmp_path: Path) -> None:
+    paths = [write_dataset(tmp_path / name, counts, name=name) for name, counts in (("a", [30, 9]), ("b", [50]))]
+    config = DataConfig(datasets=[{"path": str(paths[0]), "weight": 3}, {"path": str(paths[1]), "weight": 1}])
+    loader = Loader(config, NoTokenizer(), 8, 16, 0, World())
+    keys = [key for batch in take(loader, 20) for key in batch.keys]
+    assert abs(sum(key.startswith("a") for key in keys) - 240) <= 1
+    measured = loader.measure()
+    assert {measured[f"data/samples/{path}"] for path in paths} <= {240, 80, 239, 241, 79, 81}
+    by_epochs = DataConfig(datasets=[{"path": str(paths[0]), "epochs": 2}, {"path": str(paths[1]), "epochs": 0.5}])
+    loader = Loader(by_epochs, NoTokenizer(), 8, 1, 0, World())
+    assert loader.supply.epoch_samples == 2 * 39 + 25
+    keys = [batch.keys[0] for batch in take(loader, 2 * 39 + 25)]
+    assert sum(key.startswith("a") for key in keys) == 78
+
+
+def test_captions_come_in_turn(tmp_path: Path) -> None:
+    path = write_dataset(tmp_path / "a", [12])
+    seen: dict[str, list[str]] = {}
+
+    class Listening(NoTokenizer):
+        def __call__(self, texts: list[str]):
+            for text in texts:
+                seen.setdefault(text[:-2], []).append(text)
+            return super().__call__(texts)
+
+    take(Loader(DataConfig(path=str(path), captions="turn", threads=0), Listening(), 8, 12, 0, World()), 6)
+    for texts in seen.values():  # what was decoded ahead included
+        whole = texts[: len(texts) // 3 * 3]
+        assert all(len(set(whole[first : first + 3])) == 3 for first in range(0, len(whole), 3)) and len(whole) >= 6
+    assert len({texts[0][-1] for texts in seen.values()}) > 1  # they do not all begin with the first
 
 
 def test_a_damaged_sample_is_replaced_without_shifting_the_rest(
@@ -103,37 +239,208 @@ def test_a_damaged_sample_is_replaced_without_shifting_the_rest(
     tar.write_bytes(data)
     loader = make(damaged, tokenizer)
     after = take(loader, 6)
-    assert loader.skipped >= 1 and "replaced" in caplog.text
+    assert loader.skipped[0] >= 1 and "replaced" in caplog.text
     for step, (batch, expected) in enumerate(zip(after, before, strict=True)):
         for row in range(8):
             if expected.keys[row] == victim:
                 assert batch.keys[row] != victim
             else:
                 assert batch.keys[row] == expected.keys[row], (step, row)
-    again = take(make(damaged, tokenizer, threads=3), 6)
-    assert [batch.keys for batch in again] == [batch.keys for batch in after]
 
 
-def test_a_dataset_with_nothing_usable_says_so(shards: Path, tokenizer, tmp_path: Path) -> None:
-    broken = tmp_path / "broken"
-    shutil.copytree(shards / "train", broken)
-    for tar in broken.glob("*.tar"):
-        data = tar.read_bytes().replace(b"\xff\xd8\xff", b"\0\0\0")
-        tar.write_bytes(data)
-    with pytest.raises(Exception, match="100 samples in a row could not be read"):
-        take(make(broken, tokenizer), 1)
+def test_bad_samples_are_the_same_everywhere(tmp_path: Path) -> None:
+    path = write_dataset(tmp_path / "a", [37, 11, 52, 100], name="a")
+    config = DataConfig(path=str(path), max_bad_share=1, window_samples=20)
+    whole = take_keys(config, 8, 75, World())
+    damaged = flip_bytes(path, 0.01, seed=2)
+    assert 1 <= len(damaged) <= 6
+    alone = take_keys(config, 8, 75, World())
+    for batch, expected in zip(alone, whole, strict=True):
+        for key, good in zip(batch, expected, strict=True):
+            assert key == good or good in damaged
+            assert key not in damaged
+    first = Loader(config, NoTokenizer(), 8, 8, 3, World())
+    take(first, 31)
+    parts = [
+        take_keys(config.model_copy(update={"threads": rank}), 8, 44, World(rank, 4, rank), first.state())
+        for rank in range(4)
+    ]
+    assert [sum(step, []) for step in zip(*parts, strict=True)] == alone[31:]
+
+
+def test_too_many_bad_samples_end_the_run(tmp_path: Path) -> None:
+    path = write_dataset(tmp_path / "a", [200, 300])
+    flip_bytes(path, 0.2)
+    with pytest.raises(UserError, match=r"of 1\d\d\d samples could not be used, more than data.max_bad_share = 0.05"):
+        take_keys(DataConfig(path=str(path)), 25, 60, World())
+    assert len(take_keys(DataConfig(path=str(path), max_bad_share=0.5), 25, 60, World())) == 60
+
+
+def test_a_dataset_with_nothing_usable_says_so(tmp_path: Path) -> None:
+    path = write_dataset(tmp_path / "a", [30, 70])
+    flip_bytes(path, 1.0)
+    with pytest.raises(UserError, match="100 samples in a row could not be used at position 0, 100 of them because"):
+        take_keys(DataConfig(path=str(path)), 10, 1, World())
+
+
+def test_a_vanished_shard_is_so_many_bad_samples(tmp_path: Path) -> None:
+    path = write_dataset(tmp_path / "a", [10] * 20)
+    loader = Loader(DataConfig(path=str(path), max_bad_share=1), NoTokenizer(), 8, 10, 0, World())
+    (path / "00007.tar").unlink()
+    keys = [key for batch in take(loader, 20) for key in batch.keys]
+    assert len(keys) == 200 and not any(key.startswith("s0007") for key in keys) and loader.skipped[0] == 10
+
+
+def test_a_mistake_in_the_program_is_not_a_bad_sample(tmp_path: Path) -> None:
+    class Broken(NoTokenizer):
+        def __call__(self, texts: list[str]):
+            raise TypeError("a mistake")
+
+    path = write_dataset(tmp_path / "a", [50])
+    loader = Loader(DataConfig(path=str(path), threads=3), Broken(), 8, 10, 0, World())
+    with pytest.raises(TypeError, match="a mistake"):
+        take(loader, 1)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("decode")]
+
+
+def test_no_thread_outlives_the_iterator(tmp_path: Path) -> None:
+    path = write_dataset(tmp_path / "a", [50])
+    loader = Loader(DataConfig(path=str(path), threads=3), NoTokenizer(), 8, 10, 0, World())
+    before = set(threading.enumerate())
+    take(loader, 3)
+    assert set(threading.enumerate()) == before
+    assert [batch.keys for batch in take(loader, 2)]  # and it can begin again
+
+
+def test_each_epoch_ends_with_a_proof(tmp_path: Path, caplog, monkeypatch) -> None:
+    path = write_dataset(tmp_path / "a", [10, 15])
+    caplog.set_level("INFO")
+
+    def run(lose: int | None) -> str:
+        caplog.clear()
+        loader = Loader(DataConfig(path=str(path)), NoTokenizer(), 8, 10, 0, World())
+        at = loader.supply.order.at
+
+        def at_with_a_double(positions):
+            places = at(positions)
+            if lose is not None and lose in positions:
+                row = int(np.flatnonzero(positions == lose)[0])
+                for part in (places.shard, places.place):
+                    part[row] = part[row - 1]
+            return places
+
+        monkeypatch.setattr(loader.supply.order, "at", at_with_a_double)
+        batches = iter(loader)
+        for _ in range(6):
+            next(batches)
+            loader.close_epochs()
+        batches.close()
+        return caplog.text
+
+    assert run(None).count("25 samples, each once") == 2 and "ERROR" not in run(None)
+    text = run(33)
+    assert text.count("25 samples, each once") == 1 and text.count("ERROR") == 1 and "not each once" in text
+
+
+def count_epochs(world: World, path: str) -> list[str]:
+    import logging
+
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.getLogger("pretrain.data.loader").addHandler(handler)
+    logging.getLogger("pretrain.data.loader").setLevel("INFO")
+    loader = Loader(DataConfig(path=path), NoTokenizer(), 8, 10, 0, world)
+    state = None
+    for _ in range(2):  # in two runs
+        loader = Loader(DataConfig(path=path), NoTokenizer(), 8, 10, 0, world)
+        if state:
+            loader.restore(state)
+        batches = iter(loader)
+        for _ in range(3):
+            next(batches)
+            loader.close_epochs()
+        batches.close()
+        state = loader.state()
+    return lines
+
+
+def test_the_proof_covers_all_ranks_and_a_resume(tmp_path: Path) -> None:
+    path = write_dataset(tmp_path / "a", [10, 15, 20])
+    lines, others = run_on_ranks(count_epochs, 2, str(path))
+    assert len(lines) == 1 and "45 samples, each once" in lines[0] and others == []
+
+
+KILLED = """
+import json, sys
+from test_loader import NoTokenizer
+from pretrain.data.loader import DataConfig, Loader
+from pretrain.world import World
+
+path, state_path, rank, size, steps = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:])
+loader = Loader(DataConfig(path=path, threads=2, window_samples=30), NoTokenizer(), 8, 24, 3, World(rank, size, rank))
+try:
+    loader.restore(json.load(open(state_path)))
+except FileNotFoundError:
+    pass
+for batch in loader:
+    print(json.dumps([loader.position, batch.keys]), flush=True)
+    if loader.position == 24 * steps:
+        break
+"""
+
+
+def test_sigkill_at_random_steps_and_another_number_of_ranks(tmp_path: Path) -> None:
+    """Real processes, killed; what was done is known from the batches that came out."""
+    path = write_dataset(tmp_path / "a", [13, 40, 7, 61, 29])
+    config = DataConfig(path=str(path), window_samples=30)
+    expected = take_keys(config, 24, 40, World())
+    state_path = tmp_path / "state.json"
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests' / 'pretrain'}"}
+    done, draw = 0, np.random.default_rng(5)
+    for size in (2, 3, 1):
+        command = [sys.executable, "-c", KILLED, str(path), str(state_path)]
+        ranks = [
+            subprocess.Popen([*command, str(rank), str(size), "40"], env=environment, stdout=subprocess.PIPE, text=True)
+            for rank in range(size)
+        ]
+        until = 40 if size == 1 else done + int(draw.integers(3, 12))
+        parts = [[json.loads(process.stdout.readline()) for _ in range(until - done)] for process in ranks]
+        for process in ranks:
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait(timeout=60)
+            process.stdout.close()
+        for step in range(until - done):
+            assert {part[step][0] for part in parts} == {24 * (done + step + 1)}
+            assert sum((part[step][1] for part in parts), []) == expected[done + step]
+        done = until
+        loader = Loader(config, NoTokenizer(), 8, 24, 3, World())
+        state_path.write_text(json.dumps(loader.state() | {"position": 24 * done}))
+    assert done == 40
 
 
 def test_sizes_that_cannot_work_are_refused(shards: Path, tokenizer) -> None:
     with pytest.raises(ConfigError, match="cannot be shared equally by 3 ranks"):
         make(shards / "train", tokenizer, World(0, 3))
-    with pytest.raises(ConfigError, match="more than the 48 samples"):
+    with pytest.raises(ConfigError, match="takes 64 samples of .* a batch, which has 48"):
         make(shards / "train", tokenizer, batch=64)
 
 
-def test_the_mask_covers_the_end_mark_and_no_padding(tokenizer) -> None:
-    ids, mask = tokenizer(["a small red circle!", "x " * 100, "!"])
-    for row in range(3):
-        real = ids[row][mask[row]]
-        assert real[0] == 49406 and real[-1] == 49407 and (ids[row][~mask[row]] == 0).all()
-    assert mask[1].all()
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({}, "give either data.path, or several"),
+        ({"path": "a", "datasets": [{"path": "b"}]}, "give either data.path, or several"),
+        ({"datasets": [{"path": "a", "weight": 1}, {"path": "b", "epochs": 1}]}, "give each a weight, or each its epochs"),
+        ({"datasets": [{"path": "a"}, {"path": "b"}]}, "give each a weight, or each its epochs"),
+        ({"datasets": [{"path": "a", "weight": 1}, {"path": "a", "weight": 2}]}, "stands there twice"),
+    ],
+)
+def test_blends_that_cannot_be_meant(values: dict, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        DataConfig(**values)
+
+
+def test_a_list_is_short_for_a_blend() -> None:
+    entries = [{"path": "a", "weight": 1.5}, {"path": "b", "weight": 1}]
+    assert DataConfig.model_validate(entries) == DataConfig(datasets=entries)

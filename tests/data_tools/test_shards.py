@@ -204,7 +204,10 @@ def edit(folder, **changes) -> None:
         (lambda folder: (folder / "00000.tar").unlink(), "00000.tar: this shard is missing"),
         (lambda folder: os.truncate(folder / "00000.tar", 9), "00000.tar: 9 bytes, the manifest says"),
         (lambda folder: (folder / "00002.tar.idx").unlink(), "00002.tar.idx: this index is missing"),
-        (lambda folder: flip(folder / "00002.tar.idx", 8), "00002.tar.idx: not the index that the manifest lists"),
+        (
+            lambda folder: os.truncate(folder / "00002.tar.idx", 24),
+            "00002.tar.idx: not the index that the manifest lists",
+        ),
         (
             lambda folder: (folder / "00003.tar").touch(),
             "does not list (such as 00003.tar, 1 in all). They belong to another build",
@@ -216,6 +219,16 @@ def test_a_folder_that_is_not_one_whole_build_is_refused(folder, damage, text):
     with pytest.raises(UserError, match=re.escape(text)) as caught:
         Manifest.load(folder)
     assert "\n" not in str(caught.value)
+
+
+def test_an_index_of_other_content_is_refused_when_it_is_first_read(folder):
+    """Not at load: with 100,000 shards that would read gigabytes before the first sample."""
+    flip(folder / "00002.tar.idx", 8)
+    manifest = Manifest.load(folder)
+    assert list(manifest.load_index(0)) == list(np.fromfile(folder / "00000.tar.idx", dtype="<u8"))
+    for read in (lambda: manifest.load_index(2), lambda: ShardReader(manifest).read(6)):
+        with pytest.raises(ShardError, match=r"00002.tar.idx: not the index that the manifest lists"):
+            read()
 
 
 def test_no_folder_and_no_samples_are_refused(tmp_path):
@@ -289,6 +302,21 @@ def test_quarantined_samples_are_left_out(folder, tmp_path_factory):
     (folder / "quarantine.json").write_text("{")
     with pytest.raises(UserError, match=r"quarantine.json: not readable"):
         Manifest.load(folder)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_selections_count_and_leave_out(seed):
+    draw = np.random.default_rng(seed)
+    samples = draw.integers(0, 30, 50) * draw.integers(0, 2, 50)
+    masks = [draw.random(count) < 0.5 for count in samples]
+    selection = Selection.of_masks(masks)
+    assert list(selection.counts) == [mask.sum() for mask in masks]
+    everything = Selection.of_all(samples)
+    assert (everything.bits == Selection.of_masks([np.ones(count) for count in samples]).bits).all()
+    assert list(everything.counts) == list(samples)
+    taken = {number: np.flatnonzero(~mask) for number, mask in enumerate(masks) if len(mask)}
+    assert (everything.without(taken).bits == selection.bits).all()
+    assert list(everything.counts) == list(samples)
 
 
 def write_foreign_tar(path, names_and_data, format=tarfile.PAX_FORMAT) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from data_tools.errors import UserError
-from data_tools.shards import Manifest, Selection, ShardError, ShardReader, write_shard
+from data_tools.shards import Manifest, Selection, ShardError, ShardInfo, ShardReader, write_shard
 from data_tools.tar import TarError, parse_members, render_member, split_name, walk_members
 
 
@@ -229,6 +229,27 @@ def test_an_index_of_other_content_is_refused_when_it_is_first_read(folder):
     for read in (lambda: manifest.load_index(2), lambda: ShardReader(manifest).read(6)):
         with pytest.raises(ShardError, match=r"00002.tar.idx: not the index that the manifest lists"):
             read()
+
+
+def test_thousands_of_shards_are_opened_without_reading_one(tmp_path):
+    """Tars and indexes here are holes of the right sizes: whoever reads one finds that it is not the manifest's."""
+    infos = [ShardInfo(f"{number:06d}.tar", 10_000, 2**30, "0" * 64, "0" * 64) for number in range(2000)]
+    data, view = tmp_path / "data", tmp_path / "view"
+    data.mkdir()
+    for info in infos:
+        for name, size in ((info.name, info.bytes), (info.name + ".idx", 80_008)):
+            (data / name).touch()
+            os.truncate(data / name, size)
+    Manifest.of_shards(data, infos).write()
+    manifest = Manifest.load(data)
+    assert (manifest.samples, len(manifest.shards), manifest.counts.sum()) == (20_000_000, 2000, 20_000_000)
+    with pytest.raises(ShardError, match=r"001999.tar.idx: these are not the offsets of 10000 samples"):
+        ShardReader(manifest).read(19_999_999)
+    manifest.write_view(view, Selection.of_all(np.full(2000, 10_000)).without({7: np.arange(9999)}), 1, {})
+    assert list(Manifest.load(view).counts[6:9]) == [10_000, 1, 10_000]
+    os.truncate(data / "001234.tar.idx", 80_000)
+    with pytest.raises(UserError, match=r"001234.tar.idx: not the index that the manifest lists"):
+        Manifest.load(view)
 
 
 def test_no_folder_and_no_samples_are_refused(tmp_path):

@@ -235,7 +235,7 @@ class Order:
         for epoch, which in self._split_by_epoch(dataset, positions):
             cut, here = self._epoch(dataset, epoch), stream[which]
             start, size = cut.starts[here], cut.sizes[here]
-            index = (number[which] - cut.begin[here]).astype(np.int64)
+            index = (number[which] - cut.drawn[here]).astype(np.int64)
             block = (index + cut.shift[here]) // self._block
             first = np.maximum(block * self._block - cut.shift[here], 0)
             last = np.minimum((block + 1) * self._block - cut.shift[here], size)
@@ -245,21 +245,14 @@ class Order:
             epochs[which], shard[which] = epoch, cut.shards[shuffled]
         return epochs, shard, place
 
-    def _split_by_epoch(self, dataset: int, positions: np.ndarray) -> Iterator[tuple[int, np.ndarray | slice]]:
+    def _split_by_epoch(self, dataset: int, positions: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         """Each epoch of the dataset that these draws of it belong to, and which of them do."""
-        last = int(positions.max())
-        epoch = self._draws(dataset, int(positions.min())) // self.samples[dataset]
-        done = 0
-        while done < len(positions):
-            begin, end = self._epoch(dataset, epoch).span
-            if begin <= positions.min() and last < end:
-                which = slice(None)
-                done = len(positions)
-            else:
-                which = np.flatnonzero((positions >= begin) & (positions < end))
-                done += len(which)
-            yield epoch, which
-            epoch += 1
+        left = np.arange(len(positions))
+        while len(left):
+            epoch = self._draws(dataset, int(positions[left].min())) // self.samples[dataset]
+            inside = positions[left] < self._epoch(dataset, epoch).end
+            yield epoch, left[inside]
+            left = left[~inside]
 
     def _draws(self, dataset: int, position: int) -> int:
         return position if len(self.counts) == 1 else int(self.blend.count(dataset, self._numbers(position)).sum())
@@ -272,8 +265,8 @@ class Order:
         shards = np.argsort(_mix_in(key, 0, np.arange(len(self.counts[dataset]))), kind="stable")
         keys = _mix_in(key, 1, np.arange(self.streams))
         return _Epoch(
-            span=(begin, min(end, INT64_END)),
-            begin=drawn,
+            end=min(end, INT64_END),
+            drawn=drawn,
             sizes=sizes,
             starts=np.cumsum(sizes) - sizes,
             shift=(keys % np.uint64(self._block)).astype(np.int64),
@@ -287,8 +280,8 @@ class Order:
 class _Epoch:
     """An epoch of a dataset, cut into one part a stream."""
 
-    span: tuple[int, int]  # positions of its draws
-    begin: np.ndarray  # [V] draws of each stream before it
+    end: int  # the position after its last draw
+    drawn: np.ndarray  # [V] draws of each stream before it
     sizes: np.ndarray  # int64 [V] samples of each part
     starts: np.ndarray  # int64 [V] where each part begins in the joined shards
     shift: np.ndarray  # int64 [V] by how much the first block is shorter, so that blocks begin elsewhere in each epoch
@@ -360,17 +353,19 @@ class _Split:
 class Blend:
     """Which dataset stands at a stream's number i, by arithmetic on i alone, in the shares of `weights`.
 
-    A tree of splits in two. A split sends floor((m a + s) / t) of its first m draws left, where a / t is the left side's share
-    and s a phase: within 1/2 of m a / t for the phase in the middle, and moved by s / t from there for others. A node that
-    has share r of its parent takes over r times its parent's error. So a dataset's count is off its share i w / W by
-    at most E = 1/2 + r/2 + r r'/2 + ..., up its path, apart from its phases. These are spread evenly over the streams, in
-    another order at each split: without that, all rows of a batch would come from one dataset at once, however rare.
-    They cancel in the sum over streams.
+    A tree of splits in two. A split sends floor((m a + s) / t) of its first m draws left, where a / t is the left side's
+    share and s the phase: within 1/2 of m a / t for the phase t / 2, and moved by a constant for another one. A node that
+    has share r of its parent takes over r times its parent's error. So apart from its constants a dataset's count is off
+    its share i w / W by at most E = 1/2 + r/2 + r r'/2 + ..., up its path.
 
-    Proved, hence: over V streams together a dataset's count is within V x E of its share at every number, and in each stream
-    within 2 E. `greatest_error` is the greatest E, of the tree where it is least. Tried on random weights: below 1 for up
-    to 4 datasets; for 5 and 6, where all trees are tried too, seldom above and up to 1.05; for more, where the tree is a good
-    guess, 1.0 to 1.3 as a rule and up to 1.45 if the weights are of very different sizes.
+    The phases are spread evenly over the streams, in another order at each split, so the constants cancel in the sum over
+    streams. Without that all rows of a batch would come from one dataset at once, however rare that is; with it the
+    datasets' numbers in a batch vary less than those of random draws.
+
+    Proved, hence, at every number: all V streams together are within V x E of a dataset's share, each one within 2 E.
+    `greatest_error` is the greatest E, of the tree where it is least. On random weights it was never above 1 for up to 4
+    datasets; for 5 and 6, where all trees are tried too, seldom above and up to 1.05; for more, where the tree is a good
+    guess, 1.0 to 1.3 as a rule, and up to 1.45 for weights of very different sizes.
     """
 
     def __init__(self, weights: Sequence[int], streams: int, seed: int) -> None:
@@ -442,14 +437,14 @@ def _paths(node: "_Split | int", path: tuple = ()) -> Iterator[tuple[int, tuple]
         yield from _paths(node.right, (*path, (node, False)))
 
 
-def _errors(tree: _Tree, weights: Sequence[int], above: float = 0.0, root: bool = True) -> dict[int, float]:
+def _errors(tree: _Tree, weights: Sequence[int], above: float = 0.0) -> dict[int, float]:
     """By how much each dataset's count may be off its share with all phases in the middle; `above` is the tree's own error."""
     if isinstance(tree, int):
         return {tree: above}
     errors = {}
     for side in tree:
         share = _weigh(side, weights) / _weigh(tree, weights)
-        errors |= _errors(side, weights, 0.5 + share * above, False)
+        errors |= _errors(side, weights, 0.5 + share * above)
     return errors
 
 
@@ -490,9 +485,8 @@ def _ways_to_split(
     first, *rest = datasets
     if len(datasets) <= EXHAUSTIVE:
         for mask in range(2 ** len(rest) - 1):
-            chosen = [mask >> place & 1 for place in range(len(rest))]
-            with_first = (dataset for dataset, taken in zip(rest, chosen, strict=True) if taken)
-            yield (first, *with_first), tuple(d for d, taken in zip(rest, chosen, strict=True) if not taken)
+            beside = tuple(dataset for place, dataset in enumerate(rest) if mask >> place & 1)
+            yield (first, *beside), tuple(dataset for dataset in rest if dataset not in beside)
         return
     halves, totals = ([], []), [0, 0]
     for dataset in datasets:

@@ -186,6 +186,13 @@ def test_a_tiny_dataset_beside_a_large_one() -> None:
     assert len(epochs) > 5000 and (drawn[:-1] == 3).all()
 
 
+def test_positions_far_apart_in_one_call() -> None:
+    order = build_order([np.full(50, 20), np.full(9, 3)], [7, 2], 0, 8, window=100)
+    far = 10**15
+    places = order.at(np.array([far, 0, far + 1, 10**9, 1]))
+    assert same(places, concatenate([order.at(np.array([position])) for position in (far, 0, far + 1, 10**9, 1)]))
+
+
 def test_large_sizes_and_far_positions() -> None:
     order = build_order([np.full(100_000, 10_000), np.full(3000, 7)], [10**15, 1], 0, 32_768)
     far = 10**12 // 32_768 * 32_768

@@ -17,6 +17,7 @@ touches all alike. Memory is proportional (PSS), summed over the processes of a 
 
 import argparse
 import json
+import multiprocessing
 import os
 import shutil
 import statistics
@@ -184,7 +185,9 @@ def run_contender(settings: SimpleNamespace) -> None:
     started_s = time.monotonic()
     images = count_until(batches, settings.seconds)
     print(json.dumps({"images_per_s": images / (time.monotonic() - started_s)}), flush=True)
-    os._exit(0)  # without waiting for workers that decode ahead
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    os._exit(0)  # without waiting for what decodes ahead
 
 
 def count_until(batches: Iterator[int], seconds: float) -> int:

@@ -127,6 +127,16 @@ class Folder:
     def lock(self, exclusive: bool = True) -> contextlib.AbstractContextManager[None]:
         return lock_folder(self.path, exclusive)
 
+    def resolve(self, place: str) -> "Folder":
+        """The folder that a file in this one names: a URL, or a path that begins here."""
+        target = open_folder(place)
+        return target if isinstance(target, RemoteFolder) else Folder(os.path.normpath(self.path / target.path))
+
+    def stamp(self, name: str) -> str:
+        """A text that is another one when the file has been replaced. Raises FileNotFoundError."""
+        facts = (self.path / name).stat()
+        return f"{facts.st_size} {facts.st_mtime_ns}"
+
 
 class RangeReader:
     """Positional reads of one file; safe to share between threads. It closes with the last reference to it, so never
@@ -180,20 +190,24 @@ class RemoteFolder(Folder):
         return f"{self.url}/{name}"
 
     def exists(self) -> bool:
-        return bool(self.sizes())
+        return bool(self._list())
 
     def make(self) -> None:
         self._fs.makedirs(self._root, exist_ok=True)
 
     def names(self) -> list[str]:
-        return sorted(self.sizes())
+        return sorted(entry["name"].rstrip("/").rpartition("/")[2] for entry in self._list())
 
     def sizes(self) -> dict[str, int]:
+        """Bytes of every file inside, by name; without those whose size the store does not list, as HTTP servers do."""
+        files = [entry for entry in self._list() if entry["type"] == "file" and entry["size"] is not None]
+        return {entry["name"].rpartition("/")[2]: entry["size"] for entry in files}
+
+    def _list(self) -> list[dict[str, Any]]:
         try:
-            entries = self._fs.ls(self._root, detail=True, refresh=True)
+            return self._fs.ls(self._root, detail=True, refresh=True)
         except FileNotFoundError:
-            return {}
-        return {entry["name"].rpartition("/")[2]: entry["size"] for entry in entries if entry["type"] == "file"}
+            return []
 
     def size(self, name: str) -> int | None:
         try:
@@ -235,6 +249,19 @@ class RemoteFolder(Folder):
     def lock(self, exclusive: bool = True) -> Iterator[None]:
         yield
 
+    def resolve(self, place: str) -> Folder:
+        return open_folder(place)
+
+    def stamp(self, name: str) -> str:
+        return describe_entry(self._fs.info(f"{self._root}/{name}"))
+
+
+def describe_entry(entry: Mapping[str, Any]) -> str:
+    """The stamp of a store's file: its size, and the tag or the time that the store gives it, where it gives one."""
+    tags = ("ETag", "etag", "md5Hash", "content_md5", "generation")
+    times = ("LastModified", "last_modified", "Last-Modified", "mtime", "created")
+    return " ".join(str(entry[tag]) for tag in ("size", *tags, *times) if entry.get(tag) is not None)
+
 
 class RemoteRangeReader:
     """Ranged reads of one object behind a URL."""
@@ -244,7 +271,8 @@ class RemoteRangeReader:
         self._fs.info(self._path)  # a missing object is an error now, not at the first read
 
     def read(self, start: int, end: int) -> bytes:
-        return self._fs.cat_file(self._path, start=start, end=end)
+        data = self._fs.cat_file(self._path, start=start, end=end)
+        return data[start:end] if len(data) > end - start else data  # of a server that knows no ranges: all of it
 
 
 def is_url(place: str | Path) -> bool:

@@ -14,7 +14,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,31 +86,48 @@ def index_tars(
     processes = choose_processes(processes)
     folder, names = find_tars(tars)
     target = folder if out is None else open_folder(out)
+    manifest, facts = index_folder(
+        folder, names, target, prefix_keys=prefix_keys, sidecars=sidecars, hash=hash, processes=processes
+    )
+    _print(facts, manifest, as_json)
+    return manifest
+
+
+def index_folder(
+    folder: Folder,
+    names: Sequence[str],
+    target: Folder,
+    *,
+    prefix_keys: bool | None = False,
+    sidecars: bool = False,
+    hash: bool = False,
+    processes: int = 1,
+) -> tuple[Manifest, dict[str, Any]]:
+    """Index these tars of a folder into `target`; return the dataset, and what was found, for people to read.
+
+    `prefix_keys` None: where two samples have one key. Raises UserError as `index_tars`.
+    """
     target.make()
     with target.lock():
         _check_target(target, folder, names)
         sizes = folder.sizes()
-        tasks = [_Task(folder, target, name, sizes[name], prefix_keys, hash, sidecars) for name in names]
+        measured = [sizes[name] if name in sizes else folder.size(name) for name in names]
+        tasks = [
+            _Task(folder, target, name, size, bool(prefix_keys), hash, sidecars)
+            for name, size in zip(names, measured, strict=True)
+        ]
         results: list[Any] = [None] * len(tasks)
         with open_progress_bar(len(tasks), "tar") as report:
             with closing(run_tasks(_index_tar, tasks, processes, report)) as done:
                 for number, result in done:
                     results[number] = result
-        options = {"command": "index", "prefix_keys": prefix_keys}
-        build = identify({**options, "tars": {result.info.name: result.info.index_sha256 for result in results}})
-        manifest = Manifest.of_shards(
-            target,
-            [result.info for result in results],
-            build,
-            captions=sum(result.captions for result in results),
-            options=options,
-            tars=_name_tars(folder, target),
-        )
+        manifest = _make_manifest(folder, target, results, bool(prefix_keys))
         if manifest.samples == 0:
             raise UserError(f"{folder}: not one sample in {len(names)} tars: no member has a name such as KEY.jpg")
+        duplicates, example = _count_duplicates(manifest, results)
+        if duplicates and prefix_keys is None:
+            manifest = _make_manifest(folder, target, results, prefix_keys=True)
         manifest.write()
-    manifest = Manifest.load(target)
-    duplicates, example = _count_duplicates(manifest, results)
     facts = {
         "directory": str(target),
         "tars": len(names),
@@ -121,8 +138,23 @@ def index_tars(
         "duplicate_key": example,
         "repeated_members": sum(result.repeated for result in results),
     }
-    _print(facts, manifest, as_json)
-    return manifest
+    return Manifest.load(target), facts
+
+
+def _make_manifest(folder: Folder, target: Folder, results: Sequence[_Result], prefix_keys: bool) -> Manifest:
+    options = {"command": "index", "prefix_keys": prefix_keys}
+    build = identify({**options, "tars": {result.info.name: result.info.index_sha256 for result in results}})
+    return replace(
+        Manifest.of_shards(
+            target,
+            [result.info for result in results],
+            build,
+            captions=sum(result.captions for result in results),
+            options=options,
+            tars=_name_tars(folder, target),
+        ),
+        prefix_keys=prefix_keys,
+    )
 
 
 def find_tars(patterns: Sequence[str]) -> tuple[Folder, list[str]]:
@@ -130,13 +162,14 @@ def find_tars(patterns: Sequence[str]) -> tuple[Folder, list[str]]:
     import braceexpand
 
     found: dict[tuple[Folder, str], None] = {}
+    listed: dict[Folder, set[str]] = {}
     for pattern in patterns:
         try:
             places = list(braceexpand.braceexpand(pattern))
         except braceexpand.UnbalancedBracesError:
             raise UserError(f"{pattern}: its braces do not match. Write ranges as {{00000..00099}}") from None
         for place in places:
-            for folder, name in _list_tars(place):
+            for folder, name in _list_tars(place, listed):
                 found[folder, name] = None
     folders = list(dict.fromkeys(folder for folder, _ in found))
     if len(folders) > 1:
@@ -147,8 +180,11 @@ def find_tars(patterns: Sequence[str]) -> tuple[Folder, list[str]]:
     return folders[0], [name for _, name in found]
 
 
-def _list_tars(place: str) -> list[tuple[Folder, str]]:
-    """The tars at one path or URL, which may have wildcards or be a folder."""
+def _list_tars(place: str, listed: dict[Folder, set[str]]) -> list[tuple[Folder, str]]:
+    """The tars at one path or URL, which may have wildcards or be a folder.
+
+    `listed` keeps the names in the folders of a call: asking a store for each of a thousand tars would take minutes.
+    """
     if any(letter in place for letter in "*?["):
         if is_url(place):
             root = RemoteFolder(place)
@@ -161,7 +197,9 @@ def _list_tars(place: str) -> list[tuple[Folder, str]]:
         return [_split_place(path) for path in tars]
     if place.endswith(".tar"):
         folder, name = _split_place(place)
-        if folder.size(name) is None:
+        if folder not in listed:
+            listed[folder] = set(folder.sizes())
+        if name not in listed[folder] and folder.size(name) is None:
             raise UserError(
                 f"{place}: no such tar. Give tars, patterns such as 'shards/{{00000..00099}}.tar', or a folder"
             )

@@ -366,11 +366,7 @@ def _relate(target: Folder, start: Folder) -> str:
 
 def _resolve(start: Folder, place: str | None) -> Folder:
     """The folder that `_relate` has named."""
-    if place is None:
-        return start
-    if type(start) is Folder and type(target := open_folder(place)) is Folder:
-        return Folder(os.path.normpath(start.path / target.path))
-    return open_folder(place)
+    return start if place is None else start.resolve(place)
 
 
 @dataclass(frozen=True, slots=True)
@@ -422,6 +418,10 @@ class ShardReader:
         """Read the sample at a place of the tar of shard `number`, whether it counts or not. Raises ShardError."""
         return self._open(number).read(place)
 
+    def read_selected(self, number: int, place: int) -> RawSample:
+        """Read the sample of shard `number` before which so many come that count. Raises ShardError."""
+        return self._open(number).read_selected(place)
+
     def close(self) -> None:
         """Close the cached files; a later `read` opens them again."""
         with self._lock:
@@ -433,24 +433,28 @@ class ShardReader:
                 self._open_shards.move_to_end(number)
                 return self._open_shards[number]
         # Opened outside the lock, so that a slow file system stops one thread and not all; the first to come back wins.
-        opened = _OpenShard(self._manifest, number)
+        opened = _OpenShard(self._manifest, number, self._open_file(number))
         with self._lock:
             shard = self._open_shards.setdefault(number, opened)
             if len(self._open_shards) > self._max_open_shards:
                 self._open_shards.popitem(last=False)
             return shard
 
+    def _open_file(self, number: int) -> Any:
+        """What reads ranges of the tar of shard `number`: `read(start, end)`."""
+        return self._manifest.tars.open_ranges(self._manifest.shards[number].name)
+
 
 class _OpenShard:
     """An open tar with its index and its part of the selection."""
 
-    def __init__(self, manifest: Manifest, number: int) -> None:
+    def __init__(self, manifest: Manifest, number: int, file: Any) -> None:
         self._info = manifest.shards[number]
         self._name_key = partial(manifest.name_key, number)
         self._path = manifest.tars.locate(self._info.name)
         self._offsets = manifest.load_index(number)
         self._places = None if manifest.selection is None else manifest.places(number)
-        self._file = manifest.tars.open_ranges(self._info.name)
+        self._file = file
 
     def read_selected(self, place: int) -> RawSample:
         return self.read(place if self._places is None else int(self._places[place]))

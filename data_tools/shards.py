@@ -23,7 +23,7 @@ import os
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -433,12 +433,24 @@ class ShardReader:
                 self._open_shards.move_to_end(number)
                 return self._open_shards[number]
         # Opened outside the lock, so that a slow file system stops one thread and not all; the first to come back wins.
-        opened = _OpenShard(self._manifest, number, self._open_file(number))
+        return self._keep(number, self._open_shard(number, self._open_file))
+
+    def _keep(self, number: int, opened: "_OpenShard") -> "_OpenShard":
         with self._lock:
             shard = self._open_shards.setdefault(number, opened)
             if len(self._open_shards) > self._max_open_shards:
                 self._open_shards.popitem(last=False)
             return shard
+
+    def _open_shard(self, number: int, open_file: Callable[[int], Any]) -> "_OpenShard":
+        try:
+            return _OpenShard(self._manifest, number, open_file(number))
+        except FileNotFoundError as error:
+            where = self._manifest.tars.locate(self._manifest.shards[number].name)
+            missing = error.filename or error
+            raise ShardError(
+                f"{where}: this shard, or its index, has gone: {missing}. Restore it from a copy"
+            ) from None
 
     def _open_file(self, number: int) -> Any:
         """What reads ranges of the tar of shard `number`: `read(start, end)`."""

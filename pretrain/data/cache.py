@@ -450,6 +450,7 @@ class DiskCache:
         `pause(seconds)` sleeps, and may raise. Raises NoRoom, and what `fill` raises.
         """
         part = self._folder / f"{key.partition('.')[0]}.part"
+        self._folder.mkdir(parents=True, exist_ok=True)  # somebody may have removed it in the weeks of a run
         seen, since_s = None, time.monotonic()
         while (file := self.open(key, size)) is None:
             descriptor = self._open_part(part)

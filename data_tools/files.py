@@ -13,13 +13,16 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from data_tools.errors import UserError
 
 TEMPORARY_SUFFIX = ".tmp"
+_VERSION_TAGS = ("size", "ETag", "etag", "md5Hash", "content_md5", "generation")
+_VERSION_TAGS += ("LastModified", "last_modified", "Last-Modified", "mtime", "created")
+"""What fsspec's file systems tell of a file that changes with its content."""
 
 
 @contextlib.contextmanager
@@ -132,10 +135,10 @@ class Folder:
         target = open_folder(place)
         return target if isinstance(target, RemoteFolder) else Folder(os.path.normpath(self.path / target.path))
 
-    def stamp(self, name: str) -> str:
-        """A text that is another one when the file has been replaced. Raises FileNotFoundError."""
-        facts = (self.path / name).stat()
-        return f"{facts.st_size} {facts.st_mtime_ns}"
+    def stamps(self, names: Iterable[str]) -> list[str]:
+        """For each file a text that is another one when the file has been replaced. Raises FileNotFoundError."""
+        facts = [(self.path / name).stat() for name in names]
+        return [f"{fact.st_size} {fact.st_mtime_ns}" for fact in facts]
 
 
 class RangeReader:
@@ -252,15 +255,10 @@ class RemoteFolder(Folder):
     def resolve(self, place: str) -> Folder:
         return open_folder(place)
 
-    def stamp(self, name: str) -> str:
-        return describe_entry(self._fs.info(f"{self._root}/{name}"))
-
-
-def describe_entry(entry: Mapping[str, Any]) -> str:
-    """The stamp of a store's file: its size, and the tag or the time that the store gives it, where it gives one."""
-    tags = ("ETag", "etag", "md5Hash", "content_md5", "generation")
-    times = ("LastModified", "last_modified", "Last-Modified", "mtime", "created")
-    return " ".join(str(entry[tag]) for tag in ("size", *tags, *times) if entry.get(tag) is not None)
+    def stamps(self, names: Iterable[str]) -> list[str]:
+        listed = {entry["name"].rpartition("/")[2]: entry for entry in self._list() if entry["size"] is not None}
+        entries = [listed.get(name) or self._fs.info(f"{self._root}/{name}") for name in names]
+        return [" ".join(str(entry[tag]) for tag in _VERSION_TAGS if entry.get(tag) is not None) for entry in entries]
 
 
 class RemoteRangeReader:

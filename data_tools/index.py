@@ -12,7 +12,7 @@ import io
 import json
 import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -83,7 +83,6 @@ def index_tars(
 
     Raises UserError for a tar that is damaged or holds links, tars of several folders, and a folder with more of them.
     """
-    processes = choose_processes(processes)
     folder, names = find_tars(tars)
     target = folder if out is None else open_folder(out)
     manifest, facts = index_folder(
@@ -101,12 +100,13 @@ def index_folder(
     prefix_keys: bool | None = False,
     sidecars: bool = False,
     hash: bool = False,
-    processes: int = 1,
+    processes: int | None = None,
 ) -> tuple[Manifest, dict[str, Any]]:
     """Index these tars of a folder into `target`; return the dataset, and what was found, for people to read.
 
     `prefix_keys` None: where two samples have one key. Raises UserError as `index_tars`.
     """
+    processes = choose_processes(processes)
     target.make()
     with target.lock():
         _check_target(target, folder, names)
@@ -157,8 +157,11 @@ def _make_manifest(folder: Folder, target: Folder, results: Sequence[_Result], p
     )
 
 
-def find_tars(patterns: Sequence[str]) -> tuple[Folder, list[str]]:
-    """The folder of the tars that the patterns name, and their names in order, each once. Raises UserError."""
+def find_tars(patterns: Sequence[str], opener: Callable[[str], Folder] = open_folder) -> tuple[Folder, list[str]]:
+    """The folder of the tars that the patterns name, and their names in order, each once. Raises UserError.
+
+    `opener` makes the folder of a path or URL.
+    """
     import braceexpand
 
     found: dict[tuple[Folder, str], None] = {}
@@ -169,7 +172,7 @@ def find_tars(patterns: Sequence[str]) -> tuple[Folder, list[str]]:
         except braceexpand.UnbalancedBracesError:
             raise UserError(f"{pattern}: its braces do not match. Write ranges as {{00000..00099}}") from None
         for place in places:
-            for folder, name in _list_tars(place, listed):
+            for folder, name in _list_tars(place, opener, listed):
                 found[folder, name] = None
     folders = list(dict.fromkeys(folder for folder, _ in found))
     if len(folders) > 1:
@@ -180,7 +183,7 @@ def find_tars(patterns: Sequence[str]) -> tuple[Folder, list[str]]:
     return folders[0], [name for _, name in found]
 
 
-def _list_tars(place: str, listed: dict[Folder, set[str]]) -> list[tuple[Folder, str]]:
+def _list_tars(place: str, opener: Callable[[str], Folder], listed: dict[Folder, set[str]]) -> list[tuple[Folder, str]]:
     """The tars at one path or URL, which may have wildcards or be a folder.
 
     `listed` keeps the names in the folders of a call: asking a store for each of a thousand tars would take minutes.
@@ -194,9 +197,9 @@ def _list_tars(place: str, listed: dict[Folder, set[str]]) -> list[tuple[Folder,
         tars = sorted(path for path in paths if path.endswith(".tar"))
         if not tars:
             raise UserError(f"{place}: no tar of such a name")
-        return [_split_place(path) for path in tars]
+        return [_split_place(path, opener) for path in tars]
     if place.endswith(".tar"):
-        folder, name = _split_place(place)
+        folder, name = _split_place(place, opener)
         if folder not in listed:
             listed[folder] = set(folder.sizes())
         if name not in listed[folder] and folder.size(name) is None:
@@ -204,7 +207,7 @@ def _list_tars(place: str, listed: dict[Folder, set[str]]) -> list[tuple[Folder,
                 f"{place}: no such tar. Give tars, patterns such as 'shards/{{00000..00099}}.tar', or a folder"
             )
         return [(folder, name)]
-    folder = open_folder(place)
+    folder = opener(place)
     if not folder.exists():
         raise UserError(f"{place}: no such folder or tar. Give tars (NAME.tar), patterns, or a folder of tars")
     tars = [(folder, name) for name in sorted(folder.sizes()) if name.endswith(".tar")]
@@ -213,11 +216,11 @@ def _list_tars(place: str, listed: dict[Folder, set[str]]) -> list[tuple[Folder,
     return tars
 
 
-def _split_place(place: str) -> tuple[Folder, str]:
+def _split_place(place: str, opener: Callable[[str], Folder]) -> tuple[Folder, str]:
     if is_url(place):
         folder, _, name = place.rpartition("/")
-        return open_folder(folder), name
-    return Folder(Path(place).parent), Path(place).name
+        return opener(folder), name
+    return opener(str(Path(place).parent)), Path(place).name
 
 
 def _name_tars(tars: Folder, out: Folder) -> str | None:

@@ -215,36 +215,40 @@ class CachedFolder(RemoteFolder):
         super().__init__(url)
         self.config = config
         self.calls = calls or Calls(config)
-        self._described = described  # manifest.json: of this folder, or of the one that says that the tars are here
+        self._described = described  # the manifest that says that its tars are here, if it lies elsewhere
+        self._manifest: bytes | None = None  # of this folder: read once, so that all that is read by it fits together
 
     def __reduce__(self) -> tuple:
         return CachedFolder, (self.url, self.config)
 
     def renew(self, calls: Calls) -> "CachedFolder":
         """The same folder, with other calls."""
-        return CachedFolder(self.url, self.config, calls, self._described)
+        folder = CachedFolder(self.url, self.config, calls, self._described)
+        folder._manifest = self._manifest
+        return folder
 
     def exists(self) -> bool:
+        return self.has_manifest() or super().exists()
+
+    def has_manifest(self) -> bool:
         try:
             return bool(self.read(MANIFEST_NAME))
         except FileNotFoundError:
-            return super().exists()
+            return False
 
     def resolve(self, place: str) -> Folder:
-        return (
-            CachedFolder(place, self.config, self.calls, self._described) if is_url(place) else super().resolve(place)
-        )
+        if not is_url(place):
+            return super().resolve(place)
+        return CachedFolder(place, self.config, self.calls, self._manifest)
 
     def sizes(self) -> dict[str, int]:
         return super().sizes() or self._read_sizes()
 
     def _list(self) -> list[dict[str, Any]]:
-        fs, wait_s = (
-            self._fs,
-            max(self.config.retry_for_s, self.config.timeout_s),
-        )  # a store lists 1,000 files a request
+        fs = self._fs
 
         def attempt(failures: int) -> list[dict[str, Any]]:
+            wait_s = 4 * self.config.timeout_s * 2 ** min(failures, 10)  # a store lists some 1,000 files a request
             try:
                 return self.calls.call(fs, "ls", self._root, detail=True, timeout_s=wait_s)
             except Exception as error:
@@ -257,23 +261,22 @@ class CachedFolder(RemoteFolder):
 
     def _read_sizes(self) -> dict[str, int]:
         """Sizes as the manifest has them."""
-        try:
-            shards = json.loads(self._described or self.read(MANIFEST_NAME))["shards"]
-            indexes = {shard["name"] + INDEX_SUFFIX: 8 * (shard["samples"] + 1) for shard in shards}
-            return {shard["name"]: shard["bytes"] for shard in shards} | indexes
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
-            return {}  # without a manifest, or with one that is refused where it is read
+        own = self.read(MANIFEST_NAME) if self.has_manifest() else None
+        for manifest in (own, self._described):
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # refused where the manifest itself is read
+                shards = json.loads(manifest or b"")["shards"]
+                indexes = {shard["name"] + INDEX_SUFFIX: 8 * (shard["samples"] + 1) for shard in shards}
+                return {shard["name"]: shard["bytes"] for shard in shards} | indexes
+        return {}
 
     def read(self, name: str) -> bytes:
         if name == MANIFEST_NAME:
-            self._described = self._read(name)
-            return self._described
+            self._manifest = self._manifest or self._read(name)
+            return self._manifest
         if not name.endswith(INDEX_SUFFIX):
             return self._read(name)
-        if self._described is None:
-            self.read(MANIFEST_NAME)
-        key = _hash(self.locate(name), hashlib.sha256(self._described or b"").hexdigest()) + ".idx"
-        disk = DiskCache(self.config)
+        salt = hashlib.sha256(self.read(MANIFEST_NAME)).hexdigest()  # the indexes of another build are others
+        key, disk = _hash(self.locate(name), salt) + ".idx", DiskCache(self.config)
         content = disk.read(key)
         if content is None:
             content = self._read(name)
@@ -299,6 +302,20 @@ class CachedFolder(RemoteFolder):
             data = reader.read_some(position)
             _write_all(descriptor, data, position)
             position += len(data)
+
+
+class LocalFolder(Folder):
+    """A local folder whose manifest may say that its tars, or what it is a view of, are remote."""
+
+    def __init__(self, path: str | Path, config: CacheConfig) -> None:
+        super().__init__(path)
+        self.config = config
+
+    def resolve(self, place: str) -> Folder:
+        if is_url(place):
+            described = self.read(MANIFEST_NAME) if self.size(MANIFEST_NAME) else None
+            return CachedFolder(place, self.config, described=described)
+        return LocalFolder(os.path.normpath(self.path / place), self.config)
 
 
 class PatientRangeReader:

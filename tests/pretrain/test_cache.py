@@ -279,7 +279,9 @@ def start_reading(tmp_path: Path, url: str, limit_gib: float = 1.0) -> subproces
 def test_processes_fetch_a_shard_once_between_them(tmp_path, data, store):
     processes = [start_reading(tmp_path, store.url) for _ in range(3)]
     outputs = [process.communicate(timeout=60) for process in processes]
-    assert {output for output, _ in outputs} == {" ".join(f"{n}_{p}" for n in range(3) for p in range(4)) + "\n"}, outputs
+    assert {output for output, _ in outputs} == {" ".join(f"{n}_{p}" for n in range(3) for p in range(4)) + "\n"}, (
+        outputs
+    )
     assert sorted(store.fetched()) == ["00000.tar", "00001.tar", "00002.tar"]
     assert not names(tmp_path, ".part")
 

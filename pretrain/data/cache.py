@@ -733,8 +733,10 @@ class CachedReader(ShardReader):
     def _fetch_file(self, number: int) -> CachedFile:
         """The shard's tar, whole, in the cache. Raises NoRoom."""
         tars, shard = self._manifest.tars, self._manifest.shards[number]
-        # A dataset that is built again under the same URL has other hashes.
-        key = _hash(tars.locate(shard.name), str(shard.bytes), shard.sha256 or shard.index_sha256) + ".tar"
+        # A dataset that is built again under the same URL has other hashes. Of tars of others only the headers have been
+        # read, into a folder whose name changes with their times.
+        version = (shard.sha256,) if shard.sha256 else (shard.index_sha256, str(self._manifest.indexes))
+        key = _hash(tars.locate(shard.name), str(shard.bytes), *version) + ".tar"
         fill = partial(tars.download, shard.name, shard.bytes)
         return self._disk.obtain(key, shard.bytes, fill, self._calls.pause)
 

@@ -206,6 +206,9 @@ class RemoteFolder(Folder):
         files = [entry for entry in self._list() if entry["type"] == "file" and entry["size"] is not None]
         return {entry["name"].rpartition("/")[2]: entry["size"] for entry in files}
 
+    def _info(self, name: str) -> dict[str, Any]:
+        return self._fs.info(f"{self._root}/{name}")
+
     def _list(self) -> list[dict[str, Any]]:
         try:
             return self._fs.ls(self._root, detail=True, refresh=True)
@@ -214,7 +217,7 @@ class RemoteFolder(Folder):
 
     def size(self, name: str) -> int | None:
         try:
-            return self._fs.info(f"{self._root}/{name}")["size"]
+            return self._info(name)["size"]
         except FileNotFoundError:
             return None
 
@@ -257,7 +260,7 @@ class RemoteFolder(Folder):
 
     def stamps(self, names: Iterable[str]) -> list[str]:
         listed = {entry["name"].rpartition("/")[2]: entry for entry in self._list() if entry["size"] is not None}
-        entries = [listed.get(name) or self._fs.info(f"{self._root}/{name}") for name in names]
+        entries = [listed.get(name) or self._info(name) for name in names]
         return [" ".join(str(entry[tag]) for tag in _VERSION_TAGS if entry.get(tag) is not None) for entry in entries]
 
 

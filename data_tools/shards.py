@@ -17,6 +17,7 @@ Sources: WebDataset (adjacent members of one key), img2dataset (sidecars), open_
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -52,6 +53,9 @@ INDEX_SUFFIX = ".idx"
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_-]+\.tar")
 _KEY = re.compile(r"[A-Za-z0-9_-]+")
 _EXTENSION = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*")
+
+_LOST = (errno.ENOENT, errno.ESTALE, errno.EIO)
+"""What a storage says of a file, or a part of one, that it has lost."""
 
 PICTURE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 
@@ -448,11 +452,12 @@ class ShardReader:
     def _open_shard(self, number: int, open_file: Callable[[int], Any]) -> "_OpenShard":
         try:
             return _OpenShard(self._manifest, number, open_file(number))
-        except FileNotFoundError as error:
+        except OSError as error:
+            if not (isinstance(error, FileNotFoundError) or error.errno in _LOST):
+                raise
             where = self._manifest.tars.locate(self._manifest.shards[number].name)
-            missing = error.filename or error
             raise ShardError(
-                f"{where}: this shard, or its index, has gone: {missing}. Restore it from a copy"
+                f"{where}: this shard, or its index, cannot be opened: {error}. Restore it from a copy"
             ) from None
 
     def _open_file(self, number: int) -> Any:
@@ -478,7 +483,12 @@ class _OpenShard:
         start, end = int(self._offsets[place]), int(self._offsets[place + 1])
         where = f"{self._path}: sample {place} of {self._info.samples}, bytes {start} to {end}"
         advice = f"Restore {self._info.name} from a copy, or delete {MANIFEST_NAME} and this shard and build again"
-        data = self._file.read(start, end)
+        try:
+            data = self._file.read(start, end)
+        except OSError as error:
+            if error.errno not in _LOST:
+                raise
+            raise ShardError(f"{where}: {error.strerror}. {advice}") from None
         if len(data) < end - start:
             raise ShardError(f"{where}: the file ends after {len(data)} of {end - start} bytes. {advice}")
         try:

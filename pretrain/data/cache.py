@@ -60,9 +60,9 @@ class CacheConfig(ConfigModel):
     """Where copies of remote shards are kept on this machine, and how long a store is waited for."""
 
     folder: str | None = None  # null: image-text-pretrain in $XDG_CACHE_HOME or ~/.cache; a local disk, with flock
-    limit_gib: Ratio = 100.0  # all datasets together; nothing else of the disk is kept free
-    download_threads: Count = 4  # a rank
-    timeout_s: Ratio = 30.0  # without an answer to a request of at most 8 MiB
+    limit_gib: Ratio = 100.0  # of the copies of all datasets on this machine
+    download_threads: Count = 4  # for each dataset of a rank
+    timeout_s: Ratio = 30.0  # for the answer to one request, of 8 MiB at most
     retry_for_s: float = pydantic.Field(default=300.0, ge=0)  # an outage of the store is survived for so long
 
     def locate(self) -> Path:
@@ -131,8 +131,8 @@ class Calls:
     def retry(self, where: str, attempt: Callable[[int], Result]) -> Result:
         """The result of `attempt(failures so far)`, made until it succeeds, with ever longer pauses.
 
-        Raises FileNotFoundError and ShardError at once, UserError after `retry_for_s` of failures. Before a first answer a
-        refusal (no rights, no such host name is not one) is believed at once too: it is a mistake in the config.
+        Raises FileNotFoundError and ShardError at once, UserError after `retry_for_s` of failures. A refusal (403) before
+        the first answer is believed at once: it is a mistake in the config, and not rights that are being renewed.
         """
         failures, first_s = 0, 0.0
         while True:
@@ -285,11 +285,16 @@ class CachedFolder(RemoteFolder):
 
     def _read(self, name: str) -> bytes:
         """The whole file. A slow store is given twice the time after each failure, as these files are of any size."""
-        fs, path = self._fs, f"{self._root}/{name}"
-        wait_s = self.config.timeout_s
+        return self._ask("cat_file", name)
+
+    def _info(self, name: str) -> dict[str, Any]:
+        return self._ask("info", name)
+
+    def _ask(self, method: str, name: str) -> Any:
+        fs, path, wait_s = self._fs, f"{self._root}/{name}", self.config.timeout_s
         return self.calls.retry(
             self.locate(name),
-            lambda failures: self.calls.call(fs, "cat_file", path, timeout_s=wait_s * 2 ** min(failures, 10)),
+            lambda failures: self.calls.call(fs, method, path, timeout_s=wait_s * 2 ** min(failures, 10)),
         )
 
     def open_ranges(self, name: str, size: int | None = None) -> "PatientRangeReader":
@@ -461,7 +466,14 @@ class DiskCache:
             return None
         return file
 
-    def obtain(self, key: str, size: int, fill: Callable[[int], None], pause: Callable[[float], None]) -> CachedFile:
+    def obtain(
+        self,
+        key: str,
+        size: int,
+        fill: Callable[[int], None],
+        pause: Callable[[float], None],
+        make_room: bool = True,
+    ) -> CachedFile:
         """The file of this name, which `fill(descriptor)` writes if it is not there: in one process, others wait for it.
 
         `pause(seconds)` sleeps, and may raise. Raises NoRoom, and what `fill` raises.
@@ -472,7 +484,7 @@ class DiskCache:
         while (file := self.open(key, size)) is None:
             descriptor = self._open_part(part)
             if descriptor is not None:
-                return self._fill(descriptor, part, key, size, fill)
+                return self._fill(descriptor, part, key, size, fill, make_room)
             with contextlib.suppress(FileNotFoundError):
                 if (now := part.stat().st_mtime_ns) != seen:
                     seen, since_s = now, time.monotonic()
@@ -481,11 +493,14 @@ class DiskCache:
             pause(_POLL_S)
         return file
 
-    def _fill(self, descriptor: int, part: Path, key: str, size: int, fill: Callable[[int], None]) -> CachedFile:
+    def _fill(
+        self, descriptor: int, part: Path, key: str, size: int, fill: Callable[[int], None], make_room: bool
+    ) -> CachedFile:
         """Write the file behind the locked descriptor of its `part`, and give it its name."""
         try:
             if (file := self.open(key, size)) is None:  # else its name came between the look for it and the lock
-                self._reserve(descriptor, part, size)
+                if make_room:
+                    self._reserve(descriptor, part, size)
                 fill(descriptor)
                 os.fdatasync(descriptor)  # a power cut must not leave a file of the right size without its content
                 os.rename(part, self._folder / key)
@@ -511,10 +526,11 @@ class DiskCache:
         return content if hashlib.sha256(content).digest() == digest else None
 
     def write(self, key: str, content: bytes, pause: Callable[[float], None]) -> None:
-        """Keep a small file, if there is room."""
+        """Keep a small file, if there is room. It is counted when room is next made for a shard: to look through the folder
+        for each of a hundred thousand indexes would take hours."""
         data = content + hashlib.sha256(content).digest()
         with contextlib.suppress(NoRoom):
-            self.obtain(key, len(data), lambda descriptor: _write_all(descriptor, data, 0), pause)
+            self.obtain(key, len(data), lambda descriptor: _write_all(descriptor, data, 0), pause, make_room=False)
 
     def _open_part(self, part: Path) -> int | None:
         """The file to write into, empty and locked for this process, or None while another one has it."""
@@ -534,7 +550,7 @@ class DiskCache:
         lock = self._open_lock()
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            self._remove_remains(part)
+            self.remove_remains()
             files = sorted((facts.st_mtime_ns, path, facts.st_size) for path, facts in self._list() if path != part)
             excess = sum(file[2] for file in files) + size - self._limit_bytes
             with contextlib.closing(self._lock_unused(files)) as unused, contextlib.ExitStack() as locks:
@@ -549,6 +565,7 @@ class DiskCache:
                     excess -= freed
                 for path in victims:
                     path.unlink()
+                locks.close()  # what is still open still takes its place on the disk
                 while not _allocate(descriptor, size):
                     victim = next(unused, None)
                     if victim is None:
@@ -573,10 +590,10 @@ class DiskCache:
                 else:
                     os.close(descriptor)
 
-    def _remove_remains(self, own: Path) -> None:
+    def remove_remains(self) -> None:
         """Remove what processes that have died were writing: the lock on it can be had."""
         for path, _ in self._list():
-            if path.suffix == ".part" and path != own:
+            if path.suffix == ".part":
                 with contextlib.suppress(FileNotFoundError):
                     descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
                     if self._try_lock(descriptor, fcntl.LOCK_EX):
@@ -644,6 +661,7 @@ class CachedReader(ShardReader):
         manifest = replace(manifest, tars=self._renew(manifest.tars), indexes=self._renew(manifest.indexes))
         super().__init__(manifest, max_open_shards)
         self._disk = DiskCache(cache)
+        self._disk.remove_remains()
         self._cache = cache
         self._changed = threading.Condition()  # holds what follows
         self._wanted: list[int] = []

@@ -1,5 +1,6 @@
 """The shard format: bytes that the ecosystem reads, random access, and damage that is noticed and named."""
 
+import errno
 import io
 import json
 import os
@@ -171,6 +172,25 @@ def test_a_shard_that_shrank_is_an_error(folder):
     os.truncate(folder / "00002.tar", 2000)
     with pytest.raises(ShardError, match=r"00002\.tar: sample 0 of 3, bytes 0 to \d+: the file ends after 2000 of"):
         ShardReader(manifest).read(4)
+
+
+@pytest.mark.parametrize("name", ["00002.tar", "00002.tar.idx"])
+def test_a_shard_that_vanished_is_an_error_of_its_samples(folder, name):
+    reader = ShardReader(Manifest.load(folder))
+    os.remove(folder / name)
+    with pytest.raises(ShardError, match=r"00002\.tar: this shard, or its index, cannot be opened"):
+        reader.read(4)
+    assert reader.read_selected(0, 3).key == "000000003"
+
+
+def test_bytes_that_a_disk_has_lost_are_an_error_of_the_sample(folder, monkeypatch):
+    def fail(*_: object) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    reader = ShardReader(Manifest.load(folder))
+    monkeypatch.setattr("data_tools.files.os.pread", fail)
+    with pytest.raises(ShardError, match=r"00000\.tar: sample 1 of 4, .*: Input/output error"):
+        reader.read(1)
 
 
 def test_an_index_of_another_tar_is_an_error(folder):

@@ -13,13 +13,16 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from data_tools.errors import UserError
 
 TEMPORARY_SUFFIX = ".tmp"
+_VERSION_TAGS = ("size", "ETag", "etag", "md5Hash", "content_md5", "generation")
+_VERSION_TAGS += ("LastModified", "last_modified", "Last-Modified", "mtime", "created")
+"""What fsspec's file systems tell of a file that changes with its content."""
 
 
 @contextlib.contextmanager
@@ -127,6 +130,16 @@ class Folder:
     def lock(self, exclusive: bool = True) -> contextlib.AbstractContextManager[None]:
         return lock_folder(self.path, exclusive)
 
+    def resolve(self, place: str) -> "Folder":
+        """The folder that a file in this one names: a URL, or a path that begins here."""
+        target = open_folder(place)
+        return target if isinstance(target, RemoteFolder) else Folder(os.path.normpath(self.path / target.path))
+
+    def stamps(self, names: Iterable[str]) -> list[str]:
+        """For each file a text that is another one when the file has been replaced. Raises FileNotFoundError."""
+        facts = [(self.path / name).stat() for name in names]
+        return [f"{fact.st_size} {fact.st_mtime_ns}" for fact in facts]
+
 
 class RangeReader:
     """Positional reads of one file; safe to share between threads. It closes with the last reference to it, so never
@@ -180,24 +193,31 @@ class RemoteFolder(Folder):
         return f"{self.url}/{name}"
 
     def exists(self) -> bool:
-        return bool(self.sizes())
+        return bool(self._list())
 
     def make(self) -> None:
         self._fs.makedirs(self._root, exist_ok=True)
 
     def names(self) -> list[str]:
-        return sorted(self.sizes())
+        return sorted(entry["name"].rstrip("/").rpartition("/")[2] for entry in self._list())
 
     def sizes(self) -> dict[str, int]:
+        """Bytes of every file inside, by name; without those whose size the store does not list, as HTTP servers do."""
+        files = [entry for entry in self._list() if entry["type"] == "file" and entry["size"] is not None]
+        return {entry["name"].rpartition("/")[2]: entry["size"] for entry in files}
+
+    def _info(self, name: str) -> dict[str, Any]:
+        return self._fs.info(f"{self._root}/{name}")
+
+    def _list(self) -> list[dict[str, Any]]:
         try:
-            entries = self._fs.ls(self._root, detail=True, refresh=True)
+            return self._fs.ls(self._root, detail=True, refresh=True)
         except FileNotFoundError:
-            return {}
-        return {entry["name"].rpartition("/")[2]: entry["size"] for entry in entries if entry["type"] == "file"}
+            return []
 
     def size(self, name: str) -> int | None:
         try:
-            return self._fs.info(f"{self._root}/{name}")["size"]
+            return self._info(name)["size"]
         except FileNotFoundError:
             return None
 
@@ -235,6 +255,14 @@ class RemoteFolder(Folder):
     def lock(self, exclusive: bool = True) -> Iterator[None]:
         yield
 
+    def resolve(self, place: str) -> Folder:
+        return open_folder(place)
+
+    def stamps(self, names: Iterable[str]) -> list[str]:
+        listed = {entry["name"].rpartition("/")[2]: entry for entry in self._list() if entry["size"] is not None}
+        entries = [listed.get(name) or self._info(name) for name in names]
+        return [" ".join(str(entry[tag]) for tag in _VERSION_TAGS if entry.get(tag) is not None) for entry in entries]
+
 
 class RemoteRangeReader:
     """Ranged reads of one object behind a URL."""
@@ -244,7 +272,8 @@ class RemoteRangeReader:
         self._fs.info(self._path)  # a missing object is an error now, not at the first read
 
     def read(self, start: int, end: int) -> bytes:
-        return self._fs.cat_file(self._path, start=start, end=end)
+        data = self._fs.cat_file(self._path, start=start, end=end)
+        return data[start:end] if len(data) > end - start else data  # of a server that knows no ranges: all of it
 
 
 def is_url(place: str | Path) -> bool:

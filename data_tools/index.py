@@ -12,9 +12,9 @@ import io
 import json
 import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,34 +83,51 @@ def index_tars(
 
     Raises UserError for a tar that is damaged or holds links, tars of several folders, and a folder with more of them.
     """
-    processes = choose_processes(processes)
     folder, names = find_tars(tars)
     target = folder if out is None else open_folder(out)
+    manifest, facts = index_folder(
+        folder, names, target, prefix_keys=prefix_keys, sidecars=sidecars, hash=hash, processes=processes
+    )
+    _print(facts, manifest, as_json)
+    return manifest
+
+
+def index_folder(
+    folder: Folder,
+    names: Sequence[str],
+    target: Folder,
+    *,
+    prefix_keys: bool | None = False,
+    sidecars: bool = False,
+    hash: bool = False,
+    processes: int | None = None,
+) -> tuple[Manifest, dict[str, Any]]:
+    """Index these tars of a folder into `target`; return the dataset, and what was found, for people to read.
+
+    `prefix_keys` None: where two samples have one key. Raises UserError as `index_tars`.
+    """
+    processes = choose_processes(processes)
     target.make()
     with target.lock():
         _check_target(target, folder, names)
         sizes = folder.sizes()
-        tasks = [_Task(folder, target, name, sizes[name], prefix_keys, hash, sidecars) for name in names]
+        measured = [sizes[name] if name in sizes else folder.size(name) for name in names]
+        tasks = [
+            _Task(folder, target, name, size, bool(prefix_keys), hash, sidecars)
+            for name, size in zip(names, measured, strict=True)
+        ]
         results: list[Any] = [None] * len(tasks)
         with open_progress_bar(len(tasks), "tar") as report:
             with closing(run_tasks(_index_tar, tasks, processes, report)) as done:
                 for number, result in done:
                     results[number] = result
-        options = {"command": "index", "prefix_keys": prefix_keys}
-        build = identify({**options, "tars": {result.info.name: result.info.index_sha256 for result in results}})
-        manifest = Manifest.of_shards(
-            target,
-            [result.info for result in results],
-            build,
-            captions=sum(result.captions for result in results),
-            options=options,
-            tars=_name_tars(folder, target),
-        )
+        manifest = _make_manifest(folder, target, results, bool(prefix_keys))
         if manifest.samples == 0:
             raise UserError(f"{folder}: not one sample in {len(names)} tars: no member has a name such as KEY.jpg")
+        duplicates, example = _count_duplicates(manifest, results)
+        if duplicates and prefix_keys is None:
+            manifest = _make_manifest(folder, target, results, prefix_keys=True)
         manifest.write()
-    manifest = Manifest.load(target)
-    duplicates, example = _count_duplicates(manifest, results)
     facts = {
         "directory": str(target),
         "tars": len(names),
@@ -121,22 +138,41 @@ def index_tars(
         "duplicate_key": example,
         "repeated_members": sum(result.repeated for result in results),
     }
-    _print(facts, manifest, as_json)
-    return manifest
+    return Manifest.load(target), facts
 
 
-def find_tars(patterns: Sequence[str]) -> tuple[Folder, list[str]]:
-    """The folder of the tars that the patterns name, and their names in order, each once. Raises UserError."""
+def _make_manifest(folder: Folder, target: Folder, results: Sequence[_Result], prefix_keys: bool) -> Manifest:
+    options = {"command": "index", "prefix_keys": prefix_keys}
+    build = identify({**options, "tars": {result.info.name: result.info.index_sha256 for result in results}})
+    return replace(
+        Manifest.of_shards(
+            target,
+            [result.info for result in results],
+            build,
+            captions=sum(result.captions for result in results),
+            options=options,
+            tars=_name_tars(folder, target),
+        ),
+        prefix_keys=prefix_keys,
+    )
+
+
+def find_tars(patterns: Sequence[str], opener: Callable[[str], Folder] = open_folder) -> tuple[Folder, list[str]]:
+    """The folder of the tars that the patterns name, and their names in order, each once. Raises UserError.
+
+    `opener` makes the folder of a path or URL.
+    """
     import braceexpand
 
     found: dict[tuple[Folder, str], None] = {}
+    listed: dict[Folder, set[str]] = {}
     for pattern in patterns:
         try:
             places = list(braceexpand.braceexpand(pattern))
         except braceexpand.UnbalancedBracesError:
             raise UserError(f"{pattern}: its braces do not match. Write ranges as {{00000..00099}}") from None
         for place in places:
-            for folder, name in _list_tars(place):
+            for folder, name in _list_tars(place, opener, listed):
                 found[folder, name] = None
     folders = list(dict.fromkeys(folder for folder, _ in found))
     if len(folders) > 1:
@@ -147,8 +183,11 @@ def find_tars(patterns: Sequence[str]) -> tuple[Folder, list[str]]:
     return folders[0], [name for _, name in found]
 
 
-def _list_tars(place: str) -> list[tuple[Folder, str]]:
-    """The tars at one path or URL, which may have wildcards or be a folder."""
+def _list_tars(place: str, opener: Callable[[str], Folder], listed: dict[Folder, set[str]]) -> list[tuple[Folder, str]]:
+    """The tars at one path or URL, which may have wildcards or be a folder.
+
+    `listed` keeps the names in the folders of a call: asking a store for each of a thousand tars would take minutes.
+    """
     if any(letter in place for letter in "*?["):
         if is_url(place):
             root = RemoteFolder(place)
@@ -158,15 +197,17 @@ def _list_tars(place: str) -> list[tuple[Folder, str]]:
         tars = sorted(path for path in paths if path.endswith(".tar"))
         if not tars:
             raise UserError(f"{place}: no tar of such a name")
-        return [_split_place(path) for path in tars]
+        return [_split_place(path, opener) for path in tars]
     if place.endswith(".tar"):
-        folder, name = _split_place(place)
-        if folder.size(name) is None:
+        folder, name = _split_place(place, opener)
+        if folder not in listed:
+            listed[folder] = set(folder.sizes())
+        if name not in listed[folder] and folder.size(name) is None:
             raise UserError(
                 f"{place}: no such tar. Give tars, patterns such as 'shards/{{00000..00099}}.tar', or a folder"
             )
         return [(folder, name)]
-    folder = open_folder(place)
+    folder = opener(place)
     if not folder.exists():
         raise UserError(f"{place}: no such folder or tar. Give tars (NAME.tar), patterns, or a folder of tars")
     tars = [(folder, name) for name in sorted(folder.sizes()) if name.endswith(".tar")]
@@ -175,11 +216,11 @@ def _list_tars(place: str) -> list[tuple[Folder, str]]:
     return tars
 
 
-def _split_place(place: str) -> tuple[Folder, str]:
+def _split_place(place: str, opener: Callable[[str], Folder]) -> tuple[Folder, str]:
     if is_url(place):
         folder, _, name = place.rpartition("/")
-        return open_folder(folder), name
-    return Folder(Path(place).parent), Path(place).name
+        return opener(folder), name
+    return opener(str(Path(place).parent)), Path(place).name
 
 
 def _name_tars(tars: Folder, out: Folder) -> str | None:

@@ -17,13 +17,14 @@ Sources: WebDataset (adjacent members of one key), img2dataset (sidecars), open_
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -49,9 +50,15 @@ RETRY_NAME = "retry.json"
 """Written while `retry` adds shards: {"shards": [their tars]}. They are not of the dataset until it has finished."""
 INDEX_SUFFIX = ".idx"
 
+_ADVICE = f"Restore it from a copy, or delete {MANIFEST_NAME} and run the same build again"
+
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_-]+\.tar")
 _KEY = re.compile(r"[A-Za-z0-9_-]+")
 _EXTENSION = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*")
+
+_ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1, dtype=np.uint8)  # bits set in a byte
+_LOST = (errno.ENOENT, errno.ESTALE, errno.EIO)
+"""What a storage says of a file, or a part of one, that it has lost."""
 
 PICTURE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 
@@ -88,6 +95,22 @@ class Selection:
         starts = np.concatenate([[0], np.cumsum([len(part) for part in packed], dtype=np.int64)])
         return cls(np.concatenate([np.zeros(0, np.uint8), *packed]), starts)
 
+    @classmethod
+    def of_all(cls, samples: np.ndarray) -> "Selection":
+        """All samples of shards that have so many, int64 [shards]."""
+        starts = np.concatenate([[0], np.cumsum((samples + 7) // 8, dtype=np.int64)])
+        bits = np.full(starts[-1], 0xFF, np.uint8)
+        padded = np.flatnonzero(samples % 8)
+        bits[starts[padded + 1] - 1] = 0xFF << (8 - samples[padded] % 8) & 0xFF
+        return cls(bits, starts)
+
+    def without(self, places: Mapping[int, np.ndarray]) -> "Selection":
+        """The same but for the samples at these places of the tars of some shards, by the shard's number."""
+        bits = self.bits.copy()
+        for number, taken in places.items():
+            np.bitwise_and.at(bits, self.starts[number] + taken // 8, ~(0x80 >> taken % 8).astype(np.uint8))
+        return Selection(bits, self.starts)
+
     def mask(self, number: int, samples: int) -> np.ndarray:
         """bool [samples] of shard `number`, which has so many."""
         return np.unpackbits(self.bits[self.starts[number] : self.starts[number + 1]], count=samples).astype(bool)
@@ -95,8 +118,11 @@ class Selection:
     @cached_property
     def counts(self) -> np.ndarray:
         """int64 [shards]: samples that count."""
-        ones = np.concatenate([[0], np.cumsum(np.unpackbits(self.bits[:, None], axis=1).sum(1, dtype=np.int64))])
-        return ones[self.starts[1:]] - ones[self.starts[:-1]]
+        counts = np.zeros(len(self.starts) - 1, np.int64)
+        (filled,) = np.nonzero(np.diff(self.starts))
+        if len(filled):  # a byte a byte, not eight: views of 10^9 samples are counted too
+            counts[filled] = np.add.reduceat(_ONES[self.bits], self.starts[filled], dtype=np.int64)
+        return counts
 
 
 @dataclass(frozen=True)
@@ -128,7 +154,7 @@ class Manifest:
         are, and stand in the same order."""
         lines = [shard.sha256 or f"{shard.name} {shard.bytes} {shard.index_sha256}" for shard in self.shards]
         if self.selection is not None:
-            lines.append(hashlib.sha256(self.selection.bits.tobytes()).hexdigest())
+            lines.append(hashlib.sha256(self.selection.bits).hexdigest())
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     @cached_property
@@ -148,7 +174,10 @@ class Manifest:
         return f"{self.shards[number].name.removesuffix('.tar')}_{key}" if self.prefix_keys else key
 
     def load_index(self, number: int) -> np.ndarray:
-        """The offsets of all samples of shard `number` and its end, uint64 [samples + 1], in bytes. Raises ShardError."""
+        """The offsets of all samples of shard `number` and its end, uint64 [samples + 1], in bytes.
+
+        Raises ShardError for an index of another content than the manifest's.
+        """
         return _parse_index(self.indexes, self.shards[number])
 
     def read_sidecar(
@@ -244,10 +273,10 @@ class Manifest:
     def load(cls, place: str | Path | Folder) -> "Manifest":
         """Read manifest.json of a dataset or view, and check that the files beside it are the ones that it lists.
 
-        The tars are checked by presence and size, the indexes by hash (they are small); the tars are not read.
-        Raises UserError when there is no such folder, no or an unreadable manifest, another format, a tar that is
-        missing, of another size or not listed, an index of another content, not a single sample, or a view whose
-        dataset has changed.
+        Tars and indexes are checked by presence and size and not read, so that 100,000 shards take seconds; `load_index`
+        checks an index by its hash. Raises UserError when there is no such folder, no or an unreadable manifest, another
+        format, a tar that is missing, of another size or not listed, an index that is missing or of another size, not a
+        single sample, or a view whose dataset has changed.
         """
         directory = open_folder(place)
         if not directory.exists():
@@ -317,7 +346,7 @@ class Manifest:
             "view": {
                 "of": _relate(base.directory, folder),
                 "fingerprint": base.fingerprint,
-                "selection_sha256": hashlib.sha256(selection.bits.tobytes()).hexdigest(),
+                "selection_sha256": hashlib.sha256(selection.bits).hexdigest(),
             },
             "build": self.build,
             "samples": int(selection.counts.sum()),
@@ -366,11 +395,7 @@ def _relate(target: Folder, start: Folder) -> str:
 
 def _resolve(start: Folder, place: str | None) -> Folder:
     """The folder that `_relate` has named."""
-    if place is None:
-        return start
-    if type(start) is Folder and type(target := open_folder(place)) is Folder:
-        return Folder(os.path.normpath(start.path / target.path))
-    return open_folder(place)
+    return start if place is None else start.resolve(place)
 
 
 @dataclass(frozen=True, slots=True)
@@ -422,6 +447,13 @@ class ShardReader:
         """Read the sample at a place of the tar of shard `number`, whether it counts or not. Raises ShardError."""
         return self._open(number).read(place)
 
+    def read_selected(self, number: int, place: int) -> RawSample:
+        """Read the sample of shard `number` before which so many come that count. Raises ShardError."""
+        return self._open(number).read_selected(place)
+
+    def prefetch(self, numbers: Sequence[int]) -> None:
+        """Say which shards will be read from now on, in the order of need. Readers of remote ones fetch them ahead."""
+
     def close(self) -> None:
         """Close the cached files; a later `read` opens them again."""
         with self._lock:
@@ -433,24 +465,41 @@ class ShardReader:
                 self._open_shards.move_to_end(number)
                 return self._open_shards[number]
         # Opened outside the lock, so that a slow file system stops one thread and not all; the first to come back wins.
-        opened = _OpenShard(self._manifest, number)
+        return self._keep(number, self._open_shard(number, self._open_file))
+
+    def _keep(self, number: int, opened: "_OpenShard") -> "_OpenShard":
         with self._lock:
             shard = self._open_shards.setdefault(number, opened)
             if len(self._open_shards) > self._max_open_shards:
                 self._open_shards.popitem(last=False)
             return shard
 
+    def _open_shard(self, number: int, open_file: Callable[[int], Any]) -> "_OpenShard":
+        try:
+            return _OpenShard(self._manifest, number, open_file(number))
+        except OSError as error:
+            if not (isinstance(error, FileNotFoundError) or error.errno in _LOST):
+                raise
+            where = self._manifest.tars.locate(self._manifest.shards[number].name)
+            raise ShardError(
+                f"{where}: this shard, or its index, cannot be opened: {error}. Restore it from a copy"
+            ) from None
+
+    def _open_file(self, number: int) -> Any:
+        """What reads ranges of the tar of shard `number`: `read(start, end)`."""
+        return self._manifest.tars.open_ranges(self._manifest.shards[number].name)
+
 
 class _OpenShard:
     """An open tar with its index and its part of the selection."""
 
-    def __init__(self, manifest: Manifest, number: int) -> None:
+    def __init__(self, manifest: Manifest, number: int, file: Any) -> None:
         self._info = manifest.shards[number]
         self._name_key = partial(manifest.name_key, number)
         self._path = manifest.tars.locate(self._info.name)
         self._offsets = manifest.load_index(number)
         self._places = None if manifest.selection is None else manifest.places(number)
-        self._file = manifest.tars.open_ranges(self._info.name)
+        self._file = file
 
     def read_selected(self, place: int) -> RawSample:
         return self.read(place if self._places is None else int(self._places[place]))
@@ -459,7 +508,12 @@ class _OpenShard:
         start, end = int(self._offsets[place]), int(self._offsets[place + 1])
         where = f"{self._path}: sample {place} of {self._info.samples}, bytes {start} to {end}"
         advice = f"Restore {self._info.name} from a copy, or delete {MANIFEST_NAME} and this shard and build again"
-        data = self._file.read(start, end)
+        try:
+            data = self._file.read(start, end)
+        except OSError as error:
+            if error.errno not in _LOST:
+                raise
+            raise ShardError(f"{where}: {error.strerror}. {advice}") from None
         if len(data) < end - start:
             raise ShardError(f"{where}: the file ends after {len(data)} of {end - start} bytes. {advice}")
         try:
@@ -557,13 +611,15 @@ def find_captions(fields: Mapping[str, bytes]) -> list[str]:
 def _parse_index(folder: Folder, shard: ShardInfo) -> np.ndarray:
     """The shard's sample offsets and its end offset, uint64 [samples + 1], in bytes.
 
-    Raises ShardError when they do not rise from 0 to a place inside the tar.
+    Raises ShardError when they do not rise to a place inside the tar, or are not those that the manifest lists.
     """
     where, content = folder.locate(shard.name + INDEX_SUFFIX), folder.read(shard.name + INDEX_SUFFIX)
     offsets = np.frombuffer(content[: len(content) // 8 * 8], dtype="<u8")
     rising = len(offsets) == shard.samples + 1 and bool((offsets[1:] > offsets[:-1]).all())
     if not rising or int(offsets[-1]) > shard.bytes:
         raise ShardError(f"{where}: these are not the offsets of {shard.samples} samples. Restore it from a copy")
+    if hashlib.sha256(content).hexdigest() != shard.index_sha256:
+        raise ShardError(f"{where}: not the index that the manifest lists. {_ADVICE}")
     return offsets
 
 
@@ -619,7 +675,7 @@ def _load_shards(folder: Folder, content: dict[str, Any]) -> Manifest:
     quarantine = read_quarantine(folder)
     for shard in shards:
         if not shard.samples or len(quarantine.get(shard.name, ())) < shard.samples:
-            check_shard_files(manifest, shard, sizes, indexes)
+            _check_sizes(manifest, shard, sizes, indexes)
     return manifest
 
 
@@ -630,18 +686,22 @@ def check_shard_files(
 
     `sizes` and `indexes` are the sizes of the files in the folders of the tars and of the indexes.
     """
-    advice = f"Restore it from a copy, or delete {MANIFEST_NAME} and run the same build again"
-    where = manifest.tars.locate(shard.name)
-    if shard.name not in sizes:
-        raise UserError(f"{where}: this shard is missing. {advice}")
-    if sizes[shard.name] != shard.bytes:
-        raise UserError(f"{where}: {sizes[shard.name]} bytes, the manifest says {shard.bytes}. {advice}")
-    name = shard.name + INDEX_SUFFIX
-    where = manifest.indexes.locate(name)
+    _check_sizes(manifest, shard, sizes, indexes)
+    _parse_index(manifest.indexes, shard)
+
+
+def _check_sizes(manifest: Manifest, shard: ShardInfo, sizes: Mapping[str, int], indexes: Mapping[str, int]) -> None:
+    """Raise UserError unless the shard's tar and its index are there, of their sizes."""
+    size, name = sizes.get(shard.name), shard.name + INDEX_SUFFIX
+    if size is None:
+        raise UserError(f"{manifest.tars.locate(shard.name)}: this shard is missing. {_ADVICE}")
+    if size != shard.bytes:
+        where = manifest.tars.locate(shard.name)
+        raise UserError(f"{where}: {size} bytes, the manifest says {shard.bytes}. {_ADVICE}")
     if name not in indexes:
-        raise UserError(f"{where}: this index is missing. {advice}")
-    if hashlib.sha256(manifest.indexes.read(name)).hexdigest() != shard.index_sha256:
-        raise UserError(f"{where}: not the index that the manifest lists. {advice}")
+        raise UserError(f"{manifest.indexes.locate(name)}: this index is missing. {_ADVICE}")
+    if indexes[name] != 8 * (shard.samples + 1):
+        raise UserError(f"{manifest.indexes.locate(name)}: not the index that the manifest lists. {_ADVICE}")
 
 
 def _load_view(folder: Folder, content: dict[str, Any]) -> Manifest:
@@ -661,7 +721,7 @@ def _load_view(folder: Folder, content: dict[str, Any]) -> Manifest:
     bits = np.frombuffer(folder.read(SELECTION_NAME), dtype=np.uint8)
     starts = np.cumsum([0, *((shard.samples + 7) // 8 for shard in source.shards)], dtype=np.int64)
     selection = Selection(bits, starts)
-    if hashlib.sha256(bits.tobytes()).hexdigest() != view["selection_sha256"] or len(bits) != starts[-1]:
+    if hashlib.sha256(bits).hexdigest() != view["selection_sha256"] or len(bits) != starts[-1]:
         raise UserError(f"{folder.locate(SELECTION_NAME)}: not the selection that the view lists. Make the view again")
     parts = {"shards": source.shards, "bytes": source.bytes, "tars": source.tars, "indexes": source.indexes}
     return Manifest(directory=folder, selection=selection, prefix_keys=source.prefix_keys, **parts, **names)
@@ -689,11 +749,10 @@ def _leave_out_quarantined(manifest: Manifest) -> Manifest:
     entries = read_quarantine(manifest.indexes)
     if not entries:
         return manifest
-    masks = []
+    taken = {}
     for number, shard in enumerate(manifest.shards):
-        mask = np.zeros(shard.samples, dtype=bool)
-        mask[manifest.places(number)] = True
-        mask[[place for place in entries.get(shard.name, ()) if 0 <= place < shard.samples]] = False
-        masks.append(mask)
-    selection = Selection.of_masks(masks)
+        if shard.name in entries:
+            places = [place for place in entries[shard.name] if 0 <= place < shard.samples]
+            taken[number] = np.array(places, dtype=np.int64)
+    selection = (manifest.selection or Selection.of_all(manifest.counts)).without(taken)
     return replace(manifest, selection=selection, samples=int(selection.counts.sum()))

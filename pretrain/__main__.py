@@ -1,4 +1,4 @@
-"""The commands: python -m pretrain train | evaluate | export | demo."""
+"""The commands: python -m pretrain train | evaluate | export | doctor | demo."""
 
 import argparse
 import logging
@@ -57,6 +57,17 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--to", required=True, choices=("open_clip", "huggingface", "native"))
     command.add_argument("--out", required=True, metavar="DIR", help="a new or empty folder")
     command.set_defaults(function=run_export)
+
+    command = commands.add_parser("doctor", help="look into what a config would do, without training")
+    checks = command.add_subparsers(required=True, metavar="CHECK")
+    check = checks.add_parser("order", help="print the keys that a rank would take: STEP POSITION DATASET KEY")
+    check.add_argument("config", help="YAML file, as those in configs/")
+    check.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. train.batch_size=512")
+    check.add_argument("--world-size", type=positive, default=1, metavar="W", help="ranks of the run (1)")
+    check.add_argument("--rank", type=natural, default=0, metavar="R", help="the rank to look at (0)")
+    check.add_argument("--start", type=natural, default=0, metavar="STEP", help="steps done before (0)")
+    check.add_argument("--steps", type=natural, default=1, metavar="N", help="how many steps to print (1)")
+    check.set_defaults(function=run_doctor_order)
 
     command = commands.add_parser("demo", help="the whole path on drawn scenes, or on your own pictures")
     command.add_argument("--captions", metavar="FILE", help="TSV or CSV with columns filename, caption")
@@ -135,6 +146,16 @@ def run_export(options: argparse.Namespace, arguments: list[str]) -> int:
     from pretrain.export import export_run
 
     return export_run(options.run, options.to, options.out)
+
+
+def run_doctor_order(options: argparse.Namespace, arguments: list[str]) -> int:
+    from pretrain.config import load_config
+    from pretrain.doctor.order import print_order
+    from pretrain.train import RunConfig
+
+    config = load_config(options.config, options.overrides, RunConfig)
+    print_order(config, options.world_size, options.rank, options.start, options.steps, sys.stdout)
+    return 0
 
 
 def run_demo(options: argparse.Namespace, arguments: list[str]) -> int:

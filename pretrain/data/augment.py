@@ -16,10 +16,11 @@ import torch
 from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 
+from data_tools.errors import suggest
 from pretrain.config import ConfigModel
 from pretrain.data.decode import Box, cut_out, open_picture
 
-_DRAWS = 48  # of each transform: 4 for each of the attempts at a crop is the most
+_DRAWS = 48  # of each transform, enough for 10 attempts at a crop with 4 each
 _CROP_ATTEMPTS = 10
 _MOST_OPERATIONS = 16
 _FILL = (128, 128, 128)  # of what a policy moves into the picture, as in the reference implementation
@@ -60,7 +61,9 @@ class RandAugmentConfig(ConfigModel):
     def check_operations(cls, names: list[str]) -> list[str]:
         unknown = [name for name in names if name not in RAND_AUGMENT]
         if unknown:
-            raise ValueError(f"unknown operation '{unknown[0]}'. Valid: {', '.join(RAND_AUGMENT)}")
+            name = unknown[0]
+            near = suggest(name, list(RAND_AUGMENT))
+            raise ValueError(f"unknown operation '{name}'.{near} Valid: {', '.join(RAND_AUGMENT)}")
         return names
 
 

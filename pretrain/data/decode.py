@@ -12,6 +12,8 @@ Shape legend: H/W pixels; S the side that the model takes.
 
 import io
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -40,6 +42,8 @@ _DAMAGED_JPEG = re.compile(
 
 It has other complaints, about files that any viewer shows whole.
 """
+_START_OF_SCAN = b"\xff\xda"
+_SCANS_MATTER_FROM = 10**11  # bytes x pixels: ten times the pixels that all its scans can go over
 _ORIENTATION_TAG = 0x0112
 
 
@@ -101,7 +105,7 @@ def open_picture(encoded: bytes) -> Picture:
             colours = ""
         if colours in ("YCbCr", "Gray", "RGB"):
             check_size(width, height)
-            check_scans(encoded)
+            check_scans(encoded, width, height)
             turn = _TURNS.get(_read_jpeg_orientation(encoded), _UPRIGHT)
             if turn.sideways:
                 height, width = width, height
@@ -182,9 +186,10 @@ def check_size(width: int, height: int) -> None:
         raise BadSample(f"{width} x {height} pixels; at most {MAX_PIXELS:,} are decoded")
 
 
-def check_scans(encoded: bytes) -> None:
-    """Refuse a JPEG that would take hours to decode. Raises BadSample."""
-    if encoded.count(b"\xff\xda") > MAX_SCANS:
+def check_scans(encoded: bytes, width: int, height: int) -> None:
+    """Refuse a JPEG that would take minutes to decode. Raises BadSample."""
+    # Searching them all would cost 4% of decoding: a scan takes 10 bytes, so that most pictures cannot have too many.
+    if len(encoded) * width * height > _SCANS_MATTER_FROM and encoded.count(_START_OF_SCAN) > MAX_SCANS:
         raise BadSample(f"a JPEG of more than {MAX_SCANS} scans")
 
 
@@ -204,20 +209,27 @@ def _decode_jpeg(encoded: bytes, reduction: int) -> np.ndarray | None:
 
 def _decode_with_pillow(encoded: bytes) -> np.ndarray:
     """[H,W,3] uint8, upright, on white where it is transparent. Raises BadSample."""
-    try:
+    with _decoding():
         picture = Image.open(io.BytesIO(encoded), formats=FORMATS)
-        check_size(*picture.size)
-        if picture.format in ("JPEG", "MPO"):
-            check_scans(encoded)
+    check_size(*picture.size)
+    if picture.format in ("JPEG", "MPO"):
+        check_scans(encoded, *picture.size)
+    with _decoding():
         picture.load()  # before the EXIF, for which Pillow loads a PNG and then forgets the damage that it met
-        turn = _TURNS.get(_read_orientation(picture), _UPRIGHT)
-        return _turn(np.array(_convert_to_rgb(picture)), turn)
-    except (BadSample, MemoryError):
+        pixels = np.array(_convert_to_rgb(picture))
+    return _turn(pixels, _TURNS.get(_read_orientation(picture), _UPRIGHT))
+
+
+@contextmanager
+def _decoding() -> Iterator[None]:
+    """What Pillow raises, raised as BadSample: its decoders answer to damaged files with almost any exception."""
+    try:
+        yield
+    except MemoryError:
         raise
     except Image.UnidentifiedImageError:
         raise BadSample("not a picture of a known format") from None
     except Exception as error:
-        # Pillow's decoders answer to damaged files with almost any exception, from OSError to IndexError.
         raise BadSample(f"not a readable picture: {type(error).__name__}: {error}") from None
 
 
@@ -232,8 +244,9 @@ def _convert_to_rgb(picture: Image.Image) -> Image.Image:
 
 
 def _read_jpeg_orientation(encoded: bytes) -> int:
-    # Pillow's way to read it costs more than to see that there is none.
-    if b"Exif\0\0" not in encoded and b"tiff:Orientation" not in encoded:
+    # Pillow's way to read it costs more than to see that there is none. A thumbnail with scans of its own is in the EXIF.
+    end = encoded.find(_START_OF_SCAN)
+    if encoded.find(b"Exif\0\0", 0, end) < 0 and encoded.find(b"tiff:Orientation", 0, end) < 0:
         return 1
     try:
         return _read_orientation(Image.open(io.BytesIO(encoded), formats=("JPEG",)))

@@ -1,5 +1,6 @@
 """The shard format: bytes that the ecosystem reads, random access, and damage that is noticed and named."""
 
+import errno
 import io
 import json
 import os
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from data_tools.errors import UserError
-from data_tools.shards import Manifest, Selection, ShardError, ShardReader, write_shard
+from data_tools.shards import Manifest, Selection, ShardError, ShardInfo, ShardReader, write_shard
 from data_tools.tar import TarError, parse_members, render_member, split_name, walk_members
 
 
@@ -173,6 +174,25 @@ def test_a_shard_that_shrank_is_an_error(folder):
         ShardReader(manifest).read(4)
 
 
+@pytest.mark.parametrize("name", ["00002.tar", "00002.tar.idx"])
+def test_a_shard_that_vanished_is_an_error_of_its_samples(folder, name):
+    reader = ShardReader(Manifest.load(folder))
+    os.remove(folder / name)
+    with pytest.raises(ShardError, match=r"00002\.tar: this shard, or its index, cannot be opened"):
+        reader.read(4)
+    assert reader.read_selected(0, 3).key == "000000003"
+
+
+def test_bytes_that_a_disk_has_lost_are_an_error_of_the_sample(folder, monkeypatch):
+    def fail(*_: object) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    reader = ShardReader(Manifest.load(folder))
+    monkeypatch.setattr("data_tools.files.os.pread", fail)
+    with pytest.raises(ShardError, match=r"00000\.tar: sample 1 of 4, .*: Input/output error"):
+        reader.read(1)
+
+
 def test_an_index_of_another_tar_is_an_error(folder):
     manifest = Manifest.load(folder)
     np.array([0, 512, 9, 40, 50], dtype="<u8").tofile(folder / "00000.tar.idx")
@@ -204,7 +224,10 @@ def edit(folder, **changes) -> None:
         (lambda folder: (folder / "00000.tar").unlink(), "00000.tar: this shard is missing"),
         (lambda folder: os.truncate(folder / "00000.tar", 9), "00000.tar: 9 bytes, the manifest says"),
         (lambda folder: (folder / "00002.tar.idx").unlink(), "00002.tar.idx: this index is missing"),
-        (lambda folder: flip(folder / "00002.tar.idx", 8), "00002.tar.idx: not the index that the manifest lists"),
+        (
+            lambda folder: os.truncate(folder / "00002.tar.idx", 24),
+            "00002.tar.idx: not the index that the manifest lists",
+        ),
         (
             lambda folder: (folder / "00003.tar").touch(),
             "does not list (such as 00003.tar, 1 in all). They belong to another build",
@@ -216,6 +239,37 @@ def test_a_folder_that_is_not_one_whole_build_is_refused(folder, damage, text):
     with pytest.raises(UserError, match=re.escape(text)) as caught:
         Manifest.load(folder)
     assert "\n" not in str(caught.value)
+
+
+def test_an_index_of_other_content_is_refused_when_it_is_first_read(folder):
+    """Not at load: with 100,000 shards that would read gigabytes before the first sample."""
+    flip(folder / "00002.tar.idx", 8)
+    manifest = Manifest.load(folder)
+    assert list(manifest.load_index(0)) == list(np.fromfile(folder / "00000.tar.idx", dtype="<u8"))
+    for read in (lambda: manifest.load_index(2), lambda: ShardReader(manifest).read(6)):
+        with pytest.raises(ShardError, match=r"00002.tar.idx: not the index that the manifest lists"):
+            read()
+
+
+def test_thousands_of_shards_are_opened_without_reading_one(tmp_path):
+    """Tars and indexes here are holes of the right sizes: whoever reads one finds that it is not the manifest's."""
+    infos = [ShardInfo(f"{number:06d}.tar", 10_000, 2**30, "0" * 64, "0" * 64) for number in range(2000)]
+    data, view = tmp_path / "data", tmp_path / "view"
+    data.mkdir()
+    for info in infos:
+        for name, size in ((info.name, info.bytes), (info.name + ".idx", 80_008)):
+            (data / name).touch()
+            os.truncate(data / name, size)
+    Manifest.of_shards(data, infos).write()
+    manifest = Manifest.load(data)
+    assert (manifest.samples, len(manifest.shards), manifest.counts.sum()) == (20_000_000, 2000, 20_000_000)
+    with pytest.raises(ShardError, match=r"001999.tar.idx: these are not the offsets of 10000 samples"):
+        ShardReader(manifest).read(19_999_999)
+    manifest.write_view(view, Selection.of_all(np.full(2000, 10_000)).without({7: np.arange(9999)}), 1, {})
+    assert list(Manifest.load(view).counts[6:9]) == [10_000, 1, 10_000]
+    os.truncate(data / "001234.tar.idx", 80_000)
+    with pytest.raises(UserError, match=r"001234.tar.idx: not the index that the manifest lists"):
+        Manifest.load(view)
 
 
 def test_no_folder_and_no_samples_are_refused(tmp_path):
@@ -289,6 +343,21 @@ def test_quarantined_samples_are_left_out(folder, tmp_path_factory):
     (folder / "quarantine.json").write_text("{")
     with pytest.raises(UserError, match=r"quarantine.json: not readable"):
         Manifest.load(folder)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_selections_count_and_leave_out(seed):
+    draw = np.random.default_rng(seed)
+    samples = draw.integers(0, 30, 50) * draw.integers(0, 2, 50)
+    masks = [draw.random(count) < 0.5 for count in samples]
+    selection = Selection.of_masks(masks)
+    assert list(selection.counts) == [mask.sum() for mask in masks]
+    everything = Selection.of_all(samples)
+    assert (everything.bits == Selection.of_masks([np.ones(count) for count in samples]).bits).all()
+    assert list(everything.counts) == list(samples)
+    taken = {number: np.flatnonzero(~mask) for number, mask in enumerate(masks) if len(mask)}
+    assert (everything.without(taken).bits == selection.bits).all()
+    assert list(everything.counts) == list(samples)
 
 
 def write_foreign_tar(path, names_and_data, format=tarfile.PAX_FORMAT) -> None:

@@ -1,6 +1,7 @@
 """Bytes to pixels: what other decoders see, upright, or BadSample. Reduced decoding stays near to full decoding."""
 
 import io
+import os
 import struct
 import zlib
 from collections.abc import Callable
@@ -240,10 +241,11 @@ def test_what_a_header_says_to_be_too_large_is_not_decoded(format: str) -> None:
 
 
 def test_a_jpeg_of_endless_scans_is_not_decoded() -> None:
-    encoded = encode(draw(16, 16), progressive=True)
+    encoded = encode(np.zeros((2000, 3000), np.uint8), progressive=True)
     start = encoded.rindex(b"\xff\xda")
+    endless = encoded[:start] + encoded[start:-2] * 501 + b"\xff\xd9"
     with pytest.raises(BadSample, match="scans"):
-        decode_image(encoded[:start] + encoded[start:-2] * 501 + b"\xff\xd9")
+        decode_image(endless)
 
 
 def test_a_picture_too_long_to_be_resized_is_bad() -> None:
@@ -292,3 +294,28 @@ def test_threads_do_not_change_pixels() -> None:
         for _ in range(3):
             together = list(pool.map(train, pictures, [48] * 8, range(8)))
             assert all(torch.equal(*pair) for pair in zip(alone, together, strict=True))
+
+
+@pytest.mark.skipif(
+    not torch.backends.cpu.get_cpu_capability().startswith("AVX"), reason="torch resizes in its threads"
+)
+def test_no_threads_of_torchs_are_used() -> None:
+    """Each decoding thread would get its own, and wait for them wherever the cores are taken."""
+    encoded = encode(draw(300, 400))
+
+    def count_threads() -> tuple[int, int, int]:
+        torch.set_num_threads(4)
+        before = len(os.listdir("/proc/self/task"))
+        train(encoded, 224)
+        eval_pixels(encoded, 224)
+        ours = len(os.listdir("/proc/self/task"))
+        torch.zeros(10**6).add_(1)  # what it looks like when they are
+        return before, ours, len(os.listdir("/proc/self/task"))
+
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            before, ours, torchs = pool.submit(count_threads).result()
+    finally:
+        torch.set_num_threads(threads)
+    assert ours == before < torchs

@@ -1,0 +1,110 @@
+"""Opens what `data.path` names: a dataset or view with a manifest, or tars of others, local or behind a URL.
+
+Tars without a manifest are indexed once: their headers are read and the indexes kept in the cache folder, under a name
+that changes when a tar is replaced. One process of a machine does it, the others wait and find it done.
+"""
+
+import contextlib
+import hashlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_tools.errors import UserError
+from data_tools.files import Folder, RemoteFolder, is_url, lock_folder
+from data_tools.index import find_tars, index_folder
+from data_tools.shards import MANIFEST_NAME, STATE_NAME, Manifest, ShardReader
+from pretrain.data.cache import CacheConfig, CachedFolder, CachedReader, LocalFolder
+
+log = logging.getLogger(__name__)
+
+_STREAM_PREFIX = "pipe:"
+_FEW_TARS = 16
+"""So many are indexed by this process: to start others takes seconds."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What can be read at random: its manifest, and the reader, which is to be closed."""
+
+    manifest: Manifest
+    reader: ShardReader
+
+
+def is_stream(path: str) -> bool:
+    """Whether `path` can only be read from its beginning to its end: see `pretrain.data.streaming`."""
+    return path.startswith(_STREAM_PREFIX)
+
+
+def open_dataset(path: str, cache: CacheConfig) -> Dataset:
+    """The dataset at a folder, a URL, or the tars that a pattern names: "s3://bucket/{00000..01023}.tar", "/data/*.tar".
+
+    Local shards are read in place, remote ones through the cache. Raises UserError for what is not there, is not whole or
+    cannot be reached, and for a `pipe:`.
+    """
+    if is_stream(path):
+        raise UserError(f"{path}: a pipe has no order that could be exact, so it cannot be opened here")
+    manifest = _load_manifest(path, cache)
+    is_remote = isinstance(manifest.tars, RemoteFolder)
+    return Dataset(manifest, CachedReader(manifest, cache) if is_remote else ShardReader(manifest))
+
+
+def _load_manifest(path: str, cache: CacheConfig) -> Manifest:
+    is_folder = not is_url(path) and Path(path).is_dir()  # which may have any letters in its name
+    if not is_folder and (path.endswith(".tar") or any(letter in path for letter in "{*?[")):
+        return _index_once(path, cache)
+    folder = _open_folder(path, cache)
+    names = [MANIFEST_NAME] if isinstance(folder, CachedFolder) and folder.has_manifest() else folder.names()
+    # A folder with the state of a build is one that has not finished: to load it says what to do about that.
+    is_foreign = MANIFEST_NAME not in names and STATE_NAME not in names and any(name.endswith(".tar") for name in names)
+    return _index_once(path, cache) if is_foreign else Manifest.load(folder)
+
+
+def _open_folder(path: str, cache: CacheConfig) -> Folder:
+    return CachedFolder(path, cache) if is_url(path) else LocalFolder(path, cache)
+
+
+def _index_once(path: str, cache: CacheConfig) -> Manifest:
+    """The manifest of the tars that `path` names, from the cache if they are as they were when it was made."""
+    folder, names = find_tars([path], lambda place: _open_folder(place, cache))
+    place = str(folder) if isinstance(folder, RemoteFolder) else str(folder.path.resolve())
+    of_path = cache.locate() / "indexes" / _hash(place, path)
+    target = LocalFolder(of_path / _hash(*names, *folder.stamps(names)), cache)
+    try:
+        of_path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{of_path}: the indexes of {path} cannot be kept here: {error.strerror}. Give another data.cache.folder"
+        ) from None
+    with _lock(of_path, path):
+        if target.size(MANIFEST_NAME) is not None:
+            return Manifest.load(target)
+        log.info("%s: reading the headers of %d tars, once", path, len(names))
+        processes = None if len(names) > _FEW_TARS else 1
+        manifest, facts = index_folder(folder, names, target, prefix_keys=None, processes=processes)
+    if facts["duplicate_keys"]:
+        log.warning(
+            "%s: %d samples have the key of another (such as %s), so every key gets its tar's name before it",
+            path,
+            facts["duplicate_keys"],
+            facts["duplicate_key"],
+        )
+    log.info("%s: %d samples in %d tars", path, manifest.samples, len(names))
+    return manifest
+
+
+@contextlib.contextmanager
+def _lock(folder: Path, path: str) -> Iterator[None]:
+    """Hold `folder`, for which another process may have to end its work first."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(lock_folder(folder))
+        except UserError:
+            log.info("%s: another process is reading the headers of its tars; waiting for it", path)
+            stack.enter_context(lock_folder(folder, wait=True))
+        yield
+
+
+def _hash(*parts: str) -> str:
+    return hashlib.sha256("\n".join(parts).encode("utf-8", "surrogateescape")).hexdigest()[:32]

@@ -451,6 +451,8 @@ class ShardReader:
         """Read the sample of shard `number` before which so many come that count. Raises ShardError."""
         return self._open(number).read_selected(place)
 
+    fetches = False  # whether `prefetch` does anything
+
     def prefetch(self, numbers: Sequence[int]) -> None:
         """Say which shards will be read from now on, in the order of need. Readers of remote ones fetch them ahead."""
 

@@ -683,6 +683,8 @@ class CachedReader(ShardReader):
             return folder.renew(self._calls)
         return CachedFolder(folder.url, self._calls.config, self._calls) if isinstance(folder, RemoteFolder) else folder
 
+    fetches = True
+
     def prefetch(self, numbers: Sequence[int]) -> None:
         """Say which shards are wanted from now on, those being read included, in the order of need.
 

@@ -21,12 +21,12 @@ from data_tools.errors import UserError
 from data_tools.shards import PICTURE_EXTENSIONS, RawSample, find_captions
 from pretrain.config import ConfigError, ConfigModel, Count, Ratio
 from pretrain.contract import Batch
-from pretrain.data.augment import AugmentConfig
+from pretrain.data.augment import AugmentConfig, train_pixels
 from pretrain.data.cache import CacheConfig
-from pretrain.data.decode import BadSample, train_pixels
+from pretrain.data.decode import BadSample
 from pretrain.data.fields import decode_fields
 from pretrain.data.supply import BAD_READS, Draw, open_supply
-from pretrain.data.stages import StageConfig, load_stages
+from pretrain.data.stages import Rejected, StageConfig, load_stages
 from pretrain.data.text import Tokenizer
 from pretrain.randomness import generator, stable_id
 from pretrain.world import World
@@ -131,7 +131,7 @@ class Filling:
     batch: Batch
     draw: Draw
     true_text_ids: list[list[int]]  # [B] of all captions of each picture
-    failures: list[list[str]]  # [B] why samples before the one that was taken could not be used
+    failures: list[list[Exception]]  # [B] why samples before the one that was taken could not be used
     pixels: np.ndarray  # uint8 [B,3,S,S], the memory of `batch.image`
     tasks: list[Future] = field(default_factory=list)
 
@@ -209,6 +209,7 @@ class Loader:
         pending: deque[Filling] = deque()
         submitted = self.position
         threads = self.config.threads
+        self.supply.open(submitted)
         with ThreadPoolExecutor(threads, thread_name_prefix="decode") if threads else InThisThread() as pool:
             try:
                 while True:
@@ -267,8 +268,8 @@ class Loader:
             try:
                 return self.decode(self.stages(self.supply.read(filling.draw, row, attempt)), filling, row)
             except BAD_READS as error:
-                failures.append(str(error))
-        reason, count = Counter(failures).most_common(1)[0]
+                failures.append(error.with_traceback(None))
+        reason, count = Counter(map(str, failures)).most_common(1)[0]
         raise UserError(
             f"{self.supply.names[filling.dataset(row)]}: {MAX_BAD_IN_A_ROW} samples in a row could not be used at position "
             f"{filling.draw.positions[row]}, {count} of them because: {reason}. {ADVICE}"
@@ -304,9 +305,13 @@ class Loader:
             self.supply.ledger.add(filling.draw.places)
         return batch
 
-    def judge(self, dataset: int, failures: list[str]) -> None:
-        """Count a sample, name the first bad one and each thousandth, and stop where too many are bad."""
+    def judge(self, dataset: int, failures: list[Exception]) -> None:
+        """Count a sample, name the first bad one and each thousandth, and stop where too many are bad.
+
+        One that a stage of the user's rejected is not bad, and not counted.
+        """
         self.seen[dataset] += 1
+        failures = [error for error in failures if not isinstance(error, Rejected)]
         self.bad_in_a_row = self.bad_in_a_row + 1 if failures else 0
         if not failures:
             return

@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from data_tools.errors import UserError
@@ -24,33 +23,18 @@ _FEW_TARS = 16
 """So many are indexed by this process: to start others takes seconds."""
 
 
-@dataclass(frozen=True)
-class Dataset:
-    """What can be read at random: its manifest, and the reader, which is to be closed."""
-
-    manifest: Manifest
-    reader: ShardReader
-
-
 def is_stream(path: str) -> bool:
     """Whether `path` can only be read from its beginning to its end: see `pretrain.data.streaming`."""
     return path.startswith(_STREAM_PREFIX)
 
 
-def open_dataset(path: str, cache: CacheConfig) -> Dataset:
+def load_dataset(path: str, cache: CacheConfig) -> Manifest:
     """The dataset at a folder, a URL, or the tars that a pattern names: "s3://bucket/{00000..01023}.tar", "/data/*.tar".
 
-    Local shards are read in place, remote ones through the cache. Raises UserError for what is not there, is not whole or
-    cannot be reached, and for a `pipe:`.
+    Raises UserError for what is not there, is not whole or cannot be reached, and for a `pipe:`.
     """
     if is_stream(path):
         raise UserError(f"{path}: a pipe has no order that could be exact, so it cannot be opened here")
-    manifest = _load_manifest(path, cache)
-    is_remote = isinstance(manifest.tars, RemoteFolder)
-    return Dataset(manifest, CachedReader(manifest, cache) if is_remote else ShardReader(manifest))
-
-
-def _load_manifest(path: str, cache: CacheConfig) -> Manifest:
     is_folder = not is_url(path) and Path(path).is_dir()  # which may have any letters in its name
     if not is_folder and (path.endswith(".tar") or any(letter in path for letter in "{*?[")):
         return _index_once(path, cache)
@@ -59,6 +43,11 @@ def _load_manifest(path: str, cache: CacheConfig) -> Manifest:
     # A folder with the state of a build is one that has not finished: to load it says what to do about that.
     is_foreign = MANIFEST_NAME not in names and STATE_NAME not in names and any(name.endswith(".tar") for name in names)
     return _index_once(path, cache) if is_foreign else Manifest.load(folder)
+
+
+def open_reader(manifest: Manifest, cache: CacheConfig) -> ShardReader:
+    """Reads local shards in place, remote ones through the cache. To be closed."""
+    return CachedReader(manifest, cache) if isinstance(manifest.tars, RemoteFolder) else ShardReader(manifest)
 
 
 def _open_folder(path: str, cache: CacheConfig) -> Folder:

@@ -4,7 +4,6 @@
 that failed, one in its stead.
 """
 
-import errno
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,24 +13,22 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from data_tools.shards import RawSample, ShardError
+from data_tools.shards import RawSample, ShardError, ShardReader
 from pretrain.config import ConfigError
 from pretrain.data.decode import BadSample
 from pretrain.data.ledger import Ledger
 from pretrain.data.order import Places, build_order
-from pretrain.data.sources import CachedReader, open_dataset
-from pretrain.data.stages import Rejected
-from pretrain.data.streaming import Stream, is_stream
+from pretrain.data.sources import is_stream, load_dataset, open_reader
+from pretrain.data.streaming import StreamReader
 from pretrain.world import World
 
 if TYPE_CHECKING:
     from pretrain.data.loader import DataConfig, DatasetConfig
 
-BAD_READS = (ShardError, BadSample, Rejected)
+BAD_READS = (ShardError, BadSample)
 """What is wrong with one sample; anything else ends the run."""
 
 LOOK_AHEAD_SAMPLES = 16_384  # of a rank: the shards that a reader which fetches them is told of in advance
-_VANISHED = (errno.ENOENT, errno.EIO, errno.ESTALE, errno.ENXIO, errno.ENOTDIR)  # of a shard, not of the machine
 
 
 @dataclass(frozen=True)
@@ -43,13 +40,14 @@ class Draw:
 
 
 class Supply(Protocol):
-    """See `IndexedSupply` and `StreamSupply`."""
+    """See `IndexedSupply` and `StreamSupply`. `open` it before reading; `close` ends all reads, those under way too."""
 
     names: list[str]  # of the datasets, as in the config
     epoch_samples: int | None  # positions of an epoch: of a blend, of all its datasets together; of a stream, unknown
     ledger: Ledger | None
 
     def describe(self) -> dict[str, Any]: ...
+    def open(self, position: int) -> None: ...
     def draw(self, positions: np.ndarray) -> Draw: ...
     def read(self, draw: Draw, row: int, attempt: int) -> RawSample: ...
     def close(self) -> None: ...
@@ -67,34 +65,36 @@ def open_supply(config: "DataConfig", seed: int, global_batch: int, world: World
 
 
 class IndexedSupply:
-    """Datasets whose samples are known by number: any position can be had at once, by anybody."""
+    """Datasets whose samples are known by number: any position can be had at once, on any rank."""
 
     def __init__(
         self, config: "DataConfig", entries: Sequence["DatasetConfig"], seed: int, global_batch: int, world: World
     ) -> None:
         self.names = [entry.path for entry in entries]
-        self._datasets = [open_dataset(entry.path, config.cache) for entry in entries]
-        manifests = [dataset.manifest for dataset in self._datasets]
-        self._fingerprints = [manifest.fingerprint for manifest in manifests]
-        samples = [manifest.samples for manifest in manifests]
+        self._manifests = [load_dataset(entry.path, config.cache) for entry in entries]
+        self._fingerprints = [manifest.fingerprint for manifest in self._manifests]
+        samples = [manifest.samples for manifest in self._manifests]
         weights = choose_weights(entries, samples)
         check_batch(global_batch, self.names, samples, weights)
-        counts = [manifest.counts for manifest in manifests]
+        counts = [manifest.counts for manifest in self._manifests]
         self.order = build_order(counts, weights, seed, global_batch, config.window_samples)
         self.ledger = Ledger(self.order, self.names, self._fingerprints)
-        passes = [entry.epochs for entry in entries] if entries[0].epochs is not None else [1] * len(entries)
-        self.epoch_samples = round(sum(Fraction(str(times)) * n for times, n in zip(passes, samples, strict=True)))
-        self._world, self._global_batch = world, global_batch
-        self._fetching = [n for n, dataset in enumerate(self._datasets) if isinstance(dataset.reader, CachedReader)]
-        self._announced = -1
+        passes = [Fraction(str(entry.epochs or 1)) for entry in entries]
+        self.epoch_samples = round(sum(times * own for times, own in zip(passes, samples, strict=True)))
+        self._cache, self._global_batch = config.cache, global_batch
+        self._readers: list[ShardReader] = []
+        self._announced = -1  # the position up to which the readers know what comes
 
     def describe(self) -> dict[str, Any]:
         """What the order of samples depends on."""
         return {"datasets": self._fingerprints, **self.order.describe()}
 
+    def open(self, position: int) -> None:
+        self._readers = [open_reader(manifest, self._cache) for manifest in self._manifests]
+        self._announced = -1
+
     def draw(self, positions: np.ndarray) -> Draw:
-        if self._fetching:
-            self._announce(positions)
+        self._announce(positions)
         return Draw(positions, self.order.at(positions))
 
     def read(self, draw: Draw, row: int, attempt: int) -> RawSample:
@@ -102,37 +102,26 @@ class IndexedSupply:
 
         Raises ShardError for a sample that cannot be had, UserError for a store that is gone.
         """
-        places = draw.places
-        dataset, shard, place = (int(part[row]) for part in (places.dataset, places.shard, places.place))
+        dataset, shard, place = (int(part[row]) for part in (draw.places.dataset, draw.places.shard, draw.places.place))
         if attempt:
             shard, place = self.order.replacement(int(draw.positions[row]), dataset, attempt)
-        try:
-            return self._datasets[dataset].reader.read_counted(shard, place)
-        except OSError as error:
-            if error.errno not in _VANISHED:
-                raise
-            name = self._datasets[dataset].manifest.shards[shard].name
-            raise ShardError(f"{self.names[dataset]}/{name}: cannot be read: {error.strerror}") from None
+        return self._readers[dataset].read_selected(shard, place)
 
     def close(self) -> None:
-        """End reads that wait for a store, and what fetches ahead. A later `read` opens all that again."""
-        for dataset in self._datasets:
-            dataset.reader.close()
-        self._announced = -1
+        for reader in self._readers:
+            reader.close()
 
     def _announce(self, positions: np.ndarray) -> None:
-        """Tell the readers that fetch shards which ones this rank needs next, each time half of what they know is used."""
-        rows = len(positions)
-        batches = max(2, LOOK_AHEAD_SAMPLES // rows)
-        if self._announced > positions[0] and self._announced - positions[0] > batches // 2 * self._global_batch:
+        """Tell readers that fetch shards which ones this rank needs next, again when half of that has been used."""
+        ahead = max(2, LOOK_AHEAD_SAMPLES // len(positions)) * self._global_batch
+        if not any(reader.fetches for reader in self._readers) or positions[0] + ahead // 2 < self._announced:
             return
-        ahead = (positions + np.arange(batches)[:, None] * self._global_batch).ravel()
-        self._announced = int(positions[0]) + batches * self._global_batch
-        places = self.order.at(ahead)
-        for dataset in self._fetching:
+        self._announced = int(positions[0]) + ahead
+        places = self.order.at((positions + np.arange(0, ahead, self._global_batch)[:, None]).ravel())
+        for dataset, reader in enumerate(self._readers):
             shards = places.shard[places.dataset == dataset]
-            _, first = np.unique(shards, return_index=True)
-            self._datasets[dataset].reader.prefetch(shards[np.sort(first)].tolist())
+            first = np.unique(shards, return_index=True)[1]
+            reader.prefetch(shards[np.sort(first)].tolist())
 
 
 class StreamSupply:
@@ -143,28 +132,27 @@ class StreamSupply:
 
     def __init__(self, config: "DataConfig", seed: int, world: World) -> None:
         self.names, self.ledger, self.epoch_samples = [config.path], None, None
-        self._make = lambda position: Stream(config.path, seed, world, position)
-        self._stream: Stream | None = None
+        self._seed, self._rank = seed, world.rank
         self._lock = threading.Lock()
 
     def describe(self) -> dict[str, Any]:
         return {"stream": self.names[0]}
 
+    def open(self, position: int) -> None:
+        self._reader = StreamReader(self.names[0], seed=self._seed, rank=self._rank, position=position)
+        self._samples = iter(self._reader)
+
     def draw(self, positions: np.ndarray) -> Draw:
-        with self._lock:
-            if self._stream is None:
-                self._stream = self._make(int(positions[0]))
         nothing = np.zeros(len(positions), np.int64)
         return Draw(positions, Places(nothing, nothing, nothing, nothing))
 
     def read(self, draw: Draw, row: int, attempt: int) -> RawSample:
+        """Whatever comes next. Raises UserError when nothing more can be had."""
         with self._lock:
-            return next(self._stream)
+            return next(self._samples)
 
     def close(self) -> None:
-        stream, self._stream = self._stream, None
-        if stream is not None:
-            stream.close()
+        self._reader.close()
 
 
 def choose_weights(entries: Sequence["DatasetConfig"], samples: Sequence[int]) -> list[int]:

@@ -13,7 +13,7 @@ from data_tools.errors import UserError
 from data_tools.files import open_folder
 from data_tools.shards import Manifest, Selection
 from pretrain.data.cache import CacheConfig, CachedReader
-from pretrain.data.sources import is_stream, open_dataset
+from pretrain.data.sources import is_stream, load_dataset, open_reader
 
 
 @pytest.fixture
@@ -36,9 +36,9 @@ KEYS = [f"{number}_{place}" for number in range(3) for place in range(4)]
 
 
 def read_keys(path: object, cache: CacheConfig) -> list[str]:
-    dataset = open_dataset(str(path), cache)
-    keys = [dataset.reader.read(index).key for index in range(dataset.manifest.samples)]
-    dataset.reader.close()
+    reader = open_reader(load_dataset(str(path), cache), cache)
+    keys = [reader.read(index).key for index in range(len(reader))]
+    reader.close()
     return keys
 
 
@@ -79,10 +79,10 @@ def test_keys_that_repeat_get_the_name_of_their_tar(tars, cache, caplog):
 def test_remote_tars_are_read_through_the_cache(tars, cache, listing):
     with serve(tars, listing=listing) as store:
         for _ in range(2):
-            dataset = open_dataset(f"{store.url}/{{00000..00002}}.tar", cache)
-            assert isinstance(dataset.reader, CachedReader)
-            assert [dataset.reader.read(index).key for index in range(12)] == KEYS
-            dataset.reader.close()
+            reader = open_reader(load_dataset(f"{store.url}/{{00000..00002}}.tar", cache), cache)
+            assert isinstance(reader, CachedReader)
+            assert [reader.read(index).key for index in range(12)] == KEYS
+            reader.close()
         # Once by the one who reads headers, once into the cache; its sizes are asked for with HEAD.
         assert store.fetched().count("00001.tar") == 2
 
@@ -102,7 +102,7 @@ def test_a_glob_and_a_folder_of_a_store(tmp_path, tars, cache):
 def test_a_local_view_of_a_remote_dataset(tmp_path, cache, listing):
     write_shards(tmp_path / "data")
     with serve(tmp_path / "data", listing=listing) as store:
-        manifest = open_dataset(store.url, cache).manifest
+        manifest = load_dataset(store.url, cache)
         masks = [[True, False, True, False], [False] * 4, [True] * 4]
         manifest.write_view(tmp_path / "view", Selection.of_masks(masks), captions=6, options={})
         assert read_keys(tmp_path / "view", cache) == ["0_0", "0_2", *KEYS[8:]]
@@ -125,7 +125,7 @@ def test_what_cannot_be_opened_is_refused_in_one_line(tmp_path, cache, place, te
     (tmp_path / "unfinished" / "build.json").write_text("{}")
     (tmp_path / "unfinished" / "manifest.json").unlink()
     with pytest.raises(UserError, match=text) as caught:
-        open_dataset(place if is_stream(place) else str(tmp_path / place), cache)
+        load_dataset(place if is_stream(place) else str(tmp_path / place), cache)
     assert "\n" not in str(caught.value)
 
 
@@ -133,8 +133,8 @@ OPEN = """
 import sys, logging
 logging.basicConfig(level="INFO", format="%(message)s")
 from pretrain.data.cache import CacheConfig
-from pretrain.data.sources import open_dataset
-print(open_dataset(sys.argv[1], CacheConfig(folder=sys.argv[2])).manifest.samples)
+from pretrain.data.sources import load_dataset
+print(load_dataset(sys.argv[1], CacheConfig(folder=sys.argv[2])).samples)
 """
 
 
@@ -150,5 +150,5 @@ def test_one_process_of_a_machine_indexes(tars, cache):
 
 def test_a_manifest_of_the_same_tars_is_the_same_everywhere(tmp_path, tars, cache):
     elsewhere = cache.model_copy(update={"folder": str(tmp_path / "elsewhere")})
-    first, second = (open_dataset(str(tars), config).manifest for config in (cache, elsewhere))
+    first, second = (load_dataset(str(tars), config) for config in (cache, elsewhere))
     assert first.fingerprint == second.fingerprint and isinstance(first, Manifest)

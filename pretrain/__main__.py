@@ -69,6 +69,16 @@ def build_parser() -> argparse.ArgumentParser:
     check.add_argument("--steps", type=natural, default=1, metavar="N", help="how many steps to print (1)")
     check.set_defaults(function=run_doctor_order)
 
+    check = checks.add_parser("loader", help="measure the loader: where its time goes, threads to use, mixing")
+    check.add_argument("config", help="YAML file, as those in configs/")
+    check.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.path=shards/train")
+    check.add_argument(
+        "--world-size", type=positive, default=1, metavar="W", help="ranks of the run; one is measured (1)"
+    )
+    check.add_argument("--threads", type=positive, nargs="+", metavar="N", help="numbers of threads to try")
+    check.add_argument("--json", metavar="FILE", help="also write the numbers there")
+    check.set_defaults(function=run_doctor_loader)
+
     command = commands.add_parser("demo", help="the whole path on drawn scenes, or on your own pictures")
     command.add_argument("--captions", metavar="FILE", help="TSV or CSV with columns filename, caption")
     command.add_argument("--images", metavar="DIR", help="folder of the pictures that FILE names")
@@ -155,6 +165,20 @@ def run_doctor_order(options: argparse.Namespace, arguments: list[str]) -> int:
 
     config = load_config(options.config, options.overrides, RunConfig)
     print_order(config, options.world_size, options.rank, options.start, options.steps, sys.stdout)
+    return 0
+
+
+def run_doctor_loader(options: argparse.Namespace, arguments: list[str]) -> int:
+    set_up_logging()
+    from data_tools.files import write_json_atomic
+    from pretrain.config import load_config
+    from pretrain.doctor.loader import examine, render
+    from pretrain.train import RunConfig
+
+    report = examine(load_config(options.config, options.overrides, RunConfig), options.world_size, options.threads)
+    print(render(report))
+    if options.json:
+        write_json_atomic(options.json, report)
     return 0
 
 

@@ -103,13 +103,13 @@ def train_pixels(encoded: bytes, size: int, augment: AugmentConfig, generator: n
 
     The result depends on the arguments alone. Raises BadSample for bytes that are not a whole picture.
     """
-    crop, flip, policy, jitter, grey = generator.random((5, _DRAWS))
+    draws = draw(generator)
     picture = open_picture(encoded)
-    pixels = cut_out(picture, choose_box(picture.height, picture.width, augment, crop), size)
-    if flip[0] < augment.flip:
+    pixels = cut_out(picture, choose_box(picture.height, picture.width, augment, draws.crop), size)
+    if draws.flip[0] < augment.flip:
         pixels = pixels[:, :, ::-1]
-    changes = [*choose_operations(augment.policy, policy), *choose_jitter(augment.color_jitter, jitter)]
-    if grey[0] < augment.grey:
+    changes = [*choose_operations(augment.policy, draws.policy), *choose_jitter(augment.color_jitter, draws.jitter)]
+    if draws.grey[0] < augment.grey:
         changes.append(("saturation", 0.0))
     if changes:
         pixels = change(pixels.transpose(1, 2, 0), changes).transpose(2, 0, 1)
@@ -125,6 +125,20 @@ def change(pixels: np.ndarray, changes: list[Change]) -> np.ndarray:
 
 
 # Draws: uniform numbers in [0, 1) to what is done
+
+
+class Draws(NamedTuple):
+    """[48] in [0, 1) for each transform."""
+
+    crop: np.ndarray
+    flip: np.ndarray
+    policy: np.ndarray
+    jitter: np.ndarray
+    grey: np.ndarray
+
+
+def draw(generator: np.random.Generator) -> Draws:
+    return Draws(*generator.random((len(Draws._fields), _DRAWS)))
 
 
 def choose_box(height: int, width: int, augment: AugmentConfig, draws: np.ndarray) -> Box:

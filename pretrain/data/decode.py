@@ -124,7 +124,14 @@ def decode_image(encoded: bytes) -> np.ndarray:
 
 
 def cut_out(picture: Picture, box: Box, size: int) -> np.ndarray:
-    """[3,S,S] uint8: the part `box` of the upright picture, resized. Raises BadSample for damaged pixels.
+    """[3,S,S] uint8: the part `box` of the upright picture, resized. Raises BadSample for damaged pixels."""
+    part, turn = decode_part(picture, box, size)
+    return _turn(resize(part, size, size), turn, rows=1)
+
+
+def decode_part(picture: Picture, box: Box, size: int) -> tuple[np.ndarray, _Turn]:
+    """[h,w,3] uint8: the part `box` of the picture as stored, at least S pixels on either side if it has them, and the turn
+    that makes it upright. Raises BadSample for damaged pixels.
 
     A JPEG of which `box` has at least 3 S pixels on either side is decoded at a half, a quarter or an eighth; the edges
     of `box` then move to the nearest whole pixel of the reduced picture, so by less than a third of a pixel of the result.
@@ -140,8 +147,7 @@ def cut_out(picture: Picture, box: Box, size: int) -> np.ndarray:
                 raise BadSample("its decoders see different sizes")
         else:
             box = _reduce(_as_stored(box, picture), reduction, *pixels.shape[:2])
-    top, left, height, width = box
-    return _turn(resize(pixels[top : top + height, left : left + width], size, size), turn, rows=1)
+    return pixels[box.top : box.top + box.height, box.left : box.left + box.width], turn
 
 
 def eval_pixels(encoded: bytes, size: int) -> Tensor:

@@ -25,8 +25,8 @@ from pretrain.data.augment import AugmentConfig, train_pixels
 from pretrain.data.cache import CacheConfig
 from pretrain.data.decode import BadSample
 from pretrain.data.fields import decode_fields
-from pretrain.data.supply import BAD_READS, Draw, open_supply
 from pretrain.data.stages import Rejected, StageConfig, load_stages
+from pretrain.data.supply import BAD_READS, Draw, open_supply
 from pretrain.data.text import Tokenizer
 from pretrain.randomness import generator, stable_id
 from pretrain.world import World
@@ -52,9 +52,13 @@ class DatasetConfig(ConfigModel):
 class DataConfig(ConfigModel):
     """Where the training pairs come from, and what is done to them. A list instead is short for `datasets`."""
 
-    path: str | None = None  # a folder or URL of `python -m data_tools build` or `view`; tars "x/{000..099}.tar"; "pipe:..."
+    path: str | None = (
+        None  # a folder or URL of `python -m data_tools build` or `view`; tars "x/{000..099}.tar"; "pipe:..."
+    )
     datasets: list[DatasetConfig] | None = pydantic.Field(default=None, min_length=1)  # instead of `path`: a blend
-    captions: Literal["random", "turn"] = "random"  # of several a picture: drawn anew each epoch, or one after the other
+    captions: Literal["random", "turn"] = (
+        "random"  # of several a picture: drawn anew each epoch, or one after the other
+    )
     fields: list[str] = []  # other files of a sample to hand on, decoded, in `Batch.extra`; e.g. [json, cls]
     stages: list[StageConfig] = []  # functions of yours on each sample before it is decoded
     augment: AugmentConfig = AugmentConfig()
@@ -155,7 +159,7 @@ class Loader:
                 f"Use a multiple of {world.size}, or one of {', '.join(map(str, near[-8:]))} ranks."
             )
         self.config, self.tokenizer, self.image_size, self.world, self.seed = config, tokenizer, image_size, world, seed
-        self.supply = open_supply(config, seed, global_batch, world)
+        self.supply = open_supply(config, seed, global_batch, world.rank)
         self.stages = load_stages(config.stages)
         self.captions = [entry.captions for entry in config.entries()]
         self.global_batch, self.rows = global_batch, global_batch // world.size
@@ -203,9 +207,15 @@ class Loader:
                 values |= {f"data/samples/{name}": seen[number], f"data/skipped/{name}": skipped[number]}
         return values
 
+    def batch_bytes(self) -> int:
+        return self.rows * 3 * self.image_size**2
+
+    def ahead(self) -> int:
+        """Batches that are under way at once."""
+        return min(MAX_AHEAD_BATCHES, max(1, self.config.prefetch_mib * 2**20 // self.batch_bytes()))
+
     def __iter__(self) -> Iterator[Batch]:
-        batch_bytes = self.rows * 3 * self.image_size**2
-        ahead = min(MAX_AHEAD_BATCHES, max(1, self.config.prefetch_mib * 2**20 // batch_bytes))
+        ahead = self.ahead()
         pending: deque[Filling] = deque()
         submitted = self.position
         threads = self.config.threads

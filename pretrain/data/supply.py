@@ -20,7 +20,6 @@ from pretrain.data.ledger import Ledger
 from pretrain.data.order import Places, build_order
 from pretrain.data.sources import is_stream, load_dataset, open_reader
 from pretrain.data.streaming import StreamReader
-from pretrain.world import World
 
 if TYPE_CHECKING:
     from pretrain.data.loader import DataConfig, DatasetConfig
@@ -53,30 +52,28 @@ class Supply(Protocol):
     def close(self) -> None: ...
 
 
-def open_supply(config: "DataConfig", seed: int, global_batch: int, world: World) -> Supply:
+def open_supply(config: "DataConfig", seed: int, global_batch: int, rank: int = 0) -> Supply:
     """Raises ConfigError and UserError, in one line, for data that cannot be used."""
     entries = config.entries()
     streams = [entry.path for entry in entries if is_stream(entry.path)]
     if not streams:
-        return IndexedSupply(config, entries, seed, global_batch, world)
+        return IndexedSupply(config, entries, seed, global_batch)
     if len(entries) > 1:
         raise ConfigError(f"data.datasets: {streams[0]}: a stream cannot be blended; give it alone, as data.path")
-    return StreamSupply(config, seed, world)
+    return StreamSupply(config, seed, rank)
 
 
 class IndexedSupply:
     """Datasets whose samples are known by number: any position can be had at once, on any rank."""
 
-    def __init__(
-        self, config: "DataConfig", entries: Sequence["DatasetConfig"], seed: int, global_batch: int, world: World
-    ) -> None:
+    def __init__(self, config: "DataConfig", entries: Sequence["DatasetConfig"], seed: int, global_batch: int) -> None:
         self.names = [entry.path for entry in entries]
-        self._manifests = [load_dataset(entry.path, config.cache) for entry in entries]
-        self._fingerprints = [manifest.fingerprint for manifest in self._manifests]
-        samples = [manifest.samples for manifest in self._manifests]
+        self.manifests = [load_dataset(entry.path, config.cache) for entry in entries]
+        self._fingerprints = [manifest.fingerprint for manifest in self.manifests]
+        samples = [manifest.samples for manifest in self.manifests]
         weights = choose_weights(entries, samples)
         check_batch(global_batch, self.names, samples, weights)
-        counts = [manifest.counts for manifest in self._manifests]
+        counts = [manifest.counts for manifest in self.manifests]
         self.order = build_order(counts, weights, seed, global_batch, config.window_samples)
         self.ledger = Ledger(self.order, self.names, self._fingerprints)
         passes = [Fraction(str(entry.epochs or 1)) for entry in entries]
@@ -90,7 +87,7 @@ class IndexedSupply:
         return {"datasets": self._fingerprints, **self.order.describe()}
 
     def open(self, position: int) -> None:
-        self._readers = [open_reader(manifest, self._cache) for manifest in self._manifests]
+        self._readers = [open_reader(manifest, self._cache) for manifest in self.manifests]
         self._announced = -1
 
     def draw(self, positions: np.ndarray) -> Draw:
@@ -130,9 +127,9 @@ class StreamSupply:
     Threads take samples as they come, and a run that goes on begins a new sequence of resampled shards.
     """
 
-    def __init__(self, config: "DataConfig", seed: int, world: World) -> None:
+    def __init__(self, config: "DataConfig", seed: int, rank: int) -> None:
         self.names, self.ledger, self.epoch_samples = [config.path], None, None
-        self._seed, self._rank = seed, world.rank
+        self._seed, self._rank = seed, rank
         self._lock = threading.Lock()
 
     def describe(self) -> dict[str, Any]:

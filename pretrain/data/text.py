@@ -81,7 +81,9 @@ class ClipBytePairs:
         """[n,L] int64, padded with 0; a longer text is cut, and the end mark kept."""
         clean = [self._clean(text) for text in texts]
         plain = [text.isascii() and "<start_of_text>" not in text and "<end_of_text>" not in text for text in clean]
-        merged = iter(self._merger.encode_batch_fast([text for text, is_plain in zip(clean, plain, strict=True) if is_plain]))
+        merged = iter(
+            self._merger.encode_batch_fast([text for text, is_plain in zip(clean, plain, strict=True) if is_plain])
+        )
         ids = np.zeros((len(texts), context_length), dtype=np.int64)
         for row, text, is_plain in zip(ids, texts, plain, strict=True):
             tokens = (next(merged).ids if is_plain else self._simple.encode(text))[: context_length - 2]

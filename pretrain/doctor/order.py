@@ -9,18 +9,13 @@ import numpy as np
 from data_tools.errors import UserError
 from data_tools.shards import Manifest, ShardReader
 from pretrain.config import ConfigError
-from pretrain.data.order import Order, build_order
+from pretrain.data.order import Order
+from pretrain.data.supply import IndexedSupply, open_supply
 
 if TYPE_CHECKING:
-    from pretrain.data.loader import DataConfig
     from pretrain.train import RunConfig
 
 KEPT_SHARDS = 512  # whose keys are kept, about 20 bytes a sample
-
-
-def datasets_of(config: "DataConfig") -> list[tuple[str, int]]:
-    """(path, weight) of each dataset of the blend."""
-    return [(config.path, 1)]
 
 
 def print_order(config: "RunConfig", world_size: int, rank: int, start: int, steps: int, out: TextIO) -> None:
@@ -35,18 +30,18 @@ def print_order(config: "RunConfig", world_size: int, rank: int, start: int, ste
         raise ConfigError(f"train.batch_size: {global_batch} pairs cannot be shared equally by {world_size} ranks")
     if rank >= world_size:
         raise ConfigError(f"--rank: there is no rank {rank} among {world_size}; valid are 0 to {world_size - 1}")
-    paths, weights = zip(*datasets_of(config.data), strict=True)
-    manifests = [Manifest.load(path) for path in paths]
-    order = build_order([manifest.counts for manifest in manifests], weights, config.seed, global_batch)
-    names = [KeyReader(manifest).key for manifest in manifests]
+    supply = open_supply(config.data, config.seed, global_batch)
+    if not isinstance(supply, IndexedSupply):
+        raise ConfigError(f"{config.data.path}: the order of a stream is not known before it comes")
+    names = [KeyReader(manifest).key for manifest in supply.manifests]
     rows = global_batch // world_size
     for step in range(start, start + steps):
         first = step * global_batch + rank * rows
-        places = order.at(np.arange(first, first + rows))
+        places = supply.order.at(np.arange(first, first + rows))
         for row, (dataset, shard, place) in enumerate(
             zip(places.dataset.tolist(), places.shard.tolist(), places.place.tolist(), strict=True)
         ):
-            out.write(f"{step}\t{first + row}\t{paths[dataset]}\t{names[dataset](shard, place)}\n")
+            out.write(f"{step}\t{first + row}\t{supply.names[dataset]}\t{names[dataset](shard, place)}\n")
     out.flush()  # here, where a reader that has gone is not an error
 
 

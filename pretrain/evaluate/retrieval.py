@@ -24,8 +24,8 @@ from tqdm import tqdm
 from data_tools.errors import UserError
 from data_tools.files import write_json_atomic
 from data_tools.shards import Manifest, ShardReader
-from pretrain.data.decode import BadSample, eval_crop
-from pretrain.data.loader import read_captions, read_image
+from pretrain.data.decode import BadSample, eval_pixels
+from pretrain.data.loader import find_picture, read_captions
 from pretrain.data.text import Tokenizer
 from pretrain.model.model import ImageTextModel
 from pretrain.model.towers import unit
@@ -50,7 +50,7 @@ class Dataset:
         """One picture [3,S,S] uint8 and its captions. Raises UserError for a sample that cannot be used."""
         raw = self.reader.read(picture)
         try:
-            return eval_crop(read_image(raw.fields), self.image_size), read_captions(raw.fields)
+            return eval_pixels(find_picture(raw.fields), self.image_size), read_captions(raw.fields)
         except BadSample as error:
             raise UserError(f"{raw.shard}: sample {raw.key}: {error}. Build the evaluation shards again") from None
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from data_tools.errors import UserError
 from data_tools.shards import Manifest, ShardReader
-from pretrain.data.decode import BadSample, eval_crop
-from pretrain.data.loader import read_captions, read_image
+from pretrain.data.decode import BadSample, decode_image, eval_crop
+from pretrain.data.loader import find_picture, read_captions
 from pretrain.model.model import PIXEL_STD, normalise
 from pretrain.model.towers import unit
 from pretrain.randomness import generator
@@ -119,7 +119,7 @@ def read_real(path: str) -> tuple[list[np.ndarray], list[str]]:
     for index in np.unique(np.linspace(0, len(reader) - 1, REAL_SAMPLES, dtype=int)):
         try:
             fields = reader.read(int(index)).fields
-            picture, caption = read_image(fields), read_captions(fields)[0]
+            picture, caption = decode_image(find_picture(fields)), read_captions(fields)[0]
         except (UserError, BadSample):
             continue
         pictures.append(picture)

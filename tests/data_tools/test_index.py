@@ -102,18 +102,23 @@ def test_the_loader_trains_on_tars_of_others(write_webdataset):
     tars = write_webdataset()
     index_tars([str(tars)], prefix_keys=True, processes=1)
 
-    def tokenize(captions: list[str]):
-        seen.extend(captions)
-        return torch.zeros(len(captions), 4, dtype=torch.int64), torch.ones(len(captions), 4, dtype=torch.bool)
+    class Tokenizer:
+        context_length = 4
+
+        def __call__(self, captions: list[str]):
+            seen.extend(captions)
+            return torch.zeros(len(captions), 4, dtype=torch.int64), torch.ones(len(captions), 4, dtype=torch.bool)
 
     seen: list[str] = []
     world = World(rank=0, size=1, device=torch.device("cpu"))
-    loader = Loader(DataConfig(path=str(tars)), tokenize, image_size=16, global_batch=10, seed=0, world=world)
+    loader = Loader(
+        DataConfig(path=str(tars), threads=0), Tokenizer(), image_size=16, global_batch=10, seed=0, world=world
+    )
     batch = next(iter(loader))
     assert sorted(batch.keys) == sorted(f"{shard:05d}_{number:09d}" for shard in range(2) for number in range(5))
-    assert sorted(seen) == sorted(f"caption {shard} {number}" for shard in range(2) for number in range(5))
+    assert sorted(seen[:10]) == sorted(f"caption {shard} {number}" for shard in range(2) for number in range(5))
     assert batch.image.shape == (10, 3, 16, 16)
-    assert loader.skipped == 0
+    assert not loader.skipped
 
 
 def test_duplicate_keys_are_counted_and_a_prefix_makes_them_unique(write_webdataset, capsys):

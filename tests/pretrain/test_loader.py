@@ -157,7 +157,7 @@ def test_a_state_of_another_order_is_refused(change: str, shards: Path, tokenize
         other.restore(state)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(st.data())
 def test_any_topology_gives_the_same_batches_and_each_epoch_each_sample_once(tmp_path_factory, data) -> None:
     folder = tmp_path_factory.mktemp("property")
@@ -166,7 +166,9 @@ def test_any_topology_gives_the_same_batches_and_each_epoch_each_sample_once(tmp
     for number in range(draw(st.integers(1, 3), "datasets")):
         counts = draw(st.lists(st.integers(0, 6), min_size=1, max_size=40).filter(lambda c: sum(c) >= 24), "counts")
         path = write_dataset(folder / str(number), counts, name=f"d{number}s")
-        datasets.append({"path": str(path), "weight": draw(st.sampled_from([1, 1, 2, 0.5]), "weight"), "keys": sum(counts)})
+        datasets.append(
+            {"path": str(path), "weight": draw(st.sampled_from([1, 1, 2, 0.5]), "weight"), "keys": sum(counts)}
+        )
     ranks = draw(st.integers(1, 8), "ranks")
     batch = ranks * draw(st.integers(1, 24 // ranks), "rows")
     entries = [{"path": entry["path"], "weight": entry["weight"]} for entry in datasets]
@@ -398,7 +400,7 @@ def test_sigkill_at_random_steps_and_another_number_of_ranks(tmp_path: Path) -> 
     state_path = tmp_path / "state.json"
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests' / 'pretrain'}"}
     done, draw = 0, np.random.default_rng(5)
-    for size in (2, 3, 1):
+    for size in (2, 1):
         command = [sys.executable, "-c", KILLED, str(path), str(state_path)]
         ranks = [
             subprocess.Popen([*command, str(rank), str(size), "40"], env=environment, stdout=subprocess.PIPE, text=True)
@@ -431,7 +433,10 @@ def test_sizes_that_cannot_work_are_refused(shards: Path, tokenizer) -> None:
     [
         ({}, "give either data.path, or several"),
         ({"path": "a", "datasets": [{"path": "b"}]}, "give either data.path, or several"),
-        ({"datasets": [{"path": "a", "weight": 1}, {"path": "b", "epochs": 1}]}, "give each a weight, or each its epochs"),
+        (
+            {"datasets": [{"path": "a", "weight": 1}, {"path": "b", "epochs": 1}]},
+            "give each a weight, or each its epochs",
+        ),
         ({"datasets": [{"path": "a"}, {"path": "b"}]}, "give each a weight, or each its epochs"),
         ({"datasets": [{"path": "a", "weight": 1}, {"path": "a", "weight": 2}]}, "stands there twice"),
     ],

@@ -39,7 +39,11 @@ def test_captions_and_corner_cases(tokenizer: Tokenizer, theirs) -> None:
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.text(st.characters(codec="utf-8"), max_size=60) | st.text("aAbz0 9'\"!<>&;s_-\n", max_size=60), min_size=1))
+@given(
+    st.lists(
+        st.text(st.characters(codec="utf-8"), max_size=60) | st.text("aAbz0 9'\"!<>&;s_-\n", max_size=60), min_size=1
+    )
+)
 def test_any_text(tokenizer: Tokenizer, theirs, texts: list[str]) -> None:
     assert torch.equal(tokenizer(texts)[0], theirs(texts))
 

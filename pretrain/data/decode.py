@@ -32,8 +32,9 @@ _REDUCTIONS = (8, 4, 2)  # libjpeg-turbo has SIMD for these; its others (3/8, 5/
 _LEAST_OVERSAMPLING = 1.5
 """A reduced JPEG has so many times the pixels that are wanted, on either side.
 
-libjpeg's reduction is a worse filter than ours, which takes out again what that one did wrong. Against full decoding,
-photographs come out at 45 dB of PSNR for a half at 1.5 (37 the worst of them), at 42 dB (31) for 1, and at 49 (42) for 2.
+libjpeg's reduction is a worse filter than ours, which takes out again what that one did wrong. Against full decoding of
+the same part, photographs of about 470 x 390 come out at a PSNR of 47 dB (35 the worst of them) where a half is decoded,
+46 (37) for a quarter; enlarged to 1,500 pixels, at 51 (44) for a quarter, 40 (31) for an eighth.
 """
 _DAMAGED_JPEG = re.compile(
     r"premature end|bad Huffman code|instead of RST|\d{3,} extraneous bytes before marker 0xd9", re.IGNORECASE
@@ -135,6 +136,7 @@ def decode_part(picture: Picture, box: Box, size: int) -> tuple[np.ndarray, _Tur
 
     A JPEG of which `box` has at least 3 S pixels on either side is decoded at a half, a quarter or an eighth; the edges
     of `box` then move to the nearest whole pixel of the reduced picture, so by less than a third of a pixel of the result.
+    Against the part as it was drawn, such a shift leaves 38 dB (28 the worst of the photographs).
     Neither simplejpeg nor the interface of libjpeg-turbo that it is built on decodes a part of a picture.
     """
     pixels, turn = picture.pixels, picture.turn

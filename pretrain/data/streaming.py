@@ -29,7 +29,7 @@ from typing import Any
 
 from data_tools.errors import UserError
 from data_tools.shards import RawSample
-from pretrain.config import ConfigError
+from pretrain.config import ConfigError, ConfigModel, Count, Ratio
 from pretrain.randomness import hash64
 
 log = logging.getLogger(__name__)
@@ -45,30 +45,24 @@ _GOOD_CODES = (0, -signal.SIGPIPE, 128 + signal.SIGPIPE)
 _DAMAGED = (OSError, EOFError, tarfile.TarError, ValueError, zlib.error, lzma.LZMAError)
 
 
+class StreamConfig(ConfigModel):
+    """How `pipe:` paths are read."""
+
+    pipes: Count = 2  # commands at once, for each rank
+    shuffle_samples: Count = 1000  # held in memory, encoded, for each rank
+    timeout_s: Ratio = 60.0  # that a command may be silent
+
+
 class StreamReader:
     """Endless iterator over the samples of the shards behind a `pipe:` path, for one rank.
 
-    `pipes` commands run at once, each in a process group of its own and read by a thread, and their samples are taken in
-    turns. Close it when done: that ends the commands and the threads.
+    Several commands run at once, each in a process group of its own and read by a thread, and their samples are taken in
+    turns. Iterate over it once, and close it when done: that ends the commands and the threads.
     """
 
-    def __init__(
-        self,
-        path: str,
-        *,
-        seed: int,
-        rank: int,
-        position: int = 0,
-        pipes: int = 2,
-        shuffle_samples: int = 1000,
-        timeout_s: float = 60.0,
-    ) -> None:
-        """`position` is where the run is now; `timeout_s` is how long a command may be silent.
-
-        Raises ConfigError for braces that do not match.
-        """
-        self._path, self._timeout_s = path, timeout_s
-        self._shuffle_samples = shuffle_samples
+    def __init__(self, path: str, config: StreamConfig, *, seed: int, rank: int, position: int = 0) -> None:
+        """`position` is where the run is now. Raises ConfigError for braces that do not match."""
+        self._path, self._config = path, config
         self._shards = expand(path)
         self._numbers = {shard: number for number, shard in enumerate(self._shards)}
         self._seed = _derive(_derive(seed, "stream", position), "rank", rank)
@@ -78,20 +72,21 @@ class StreamReader:
         self._stopped = threading.Event()
         self._commands: set[subprocess.Popen] = set()
         self._end_commands = weakref.finalize(self, _kill, self._commands)  # also when the interpreter ends
-        self._queues: list[queue.Queue] = [queue.Queue(_WAITING_SAMPLES) for _ in range(pipes)]
+        self._queues: list[queue.Queue] = [queue.Queue(_WAITING_SAMPLES) for _ in range(config.pipes)]
         self._threads = [
             threading.Thread(target=self._fill, args=(number,), daemon=True, name=f"pipe {number}")
-            for number in range(pipes)
+            for number in range(config.pipes)
         ]
         for thread in self._threads:
             thread.start()
 
     def __iter__(self) -> Iterator[RawSample]:
         """Raises UserError when 100 shards or samples in a row were bad."""
-        from webdataset.filters import _shuffle
+        from webdataset.filters import shuffle
 
         generator = random.Random(_derive(self._seed, "shuffle", 0))
-        return _shuffle(self._take_turns(), self._shuffle_samples, initial=self._shuffle_samples, rng=generator)
+        samples = self._config.shuffle_samples
+        return shuffle(samples, initial=samples, rng=generator)(self._take_turns())
 
     def close(self) -> None:
         """End the commands, with all that they have started, and the threads."""
@@ -199,7 +194,7 @@ class StreamReader:
             )
             self._commands.add(command)
         try:
-            yield io.BufferedReader(_Output(command, self._timeout_s), _READ_BYTES)
+            yield io.BufferedReader(_Output(command, self._config.timeout_s), _READ_BYTES)
         finally:
             with self._lock:
                 self._commands.discard(command)

@@ -319,7 +319,7 @@ def test_a_full_disk_evicts_and_then_reads_by_ranges(tmp_path, filler, limit_gib
     unshare = ["unshare", "-m"] if os.geteuid() == 0 else ["unshare", "-rm"]
     if shutil.which("unshare") is None or subprocess.run([*unshare, "true"], capture_output=True).returncode != 0:
         pytest.skip("needs a mount namespace of its own for a small file system")
-    write_shards(tmp_path / "data", shards=4, samples=2, size=100_000)
+    write_shards(tmp_path / "data", shards=4, samples=2, size=110_000)
     (tmp_path / "cache").mkdir()
     reading = [sys.executable, "-c", READ, f"file://{tmp_path / 'data'}", str(tmp_path / "cache"), limit_gib]
     command = [*unshare, "sh", "-c", FULL_DISK, "sh", str(tmp_path / "cache"), filler, *reading]

@@ -17,7 +17,7 @@ from stores import wait_for, write_shards
 from data_tools.errors import UserError
 from data_tools.shards import ShardReader
 from pretrain.config import ConfigError
-from pretrain.data.streaming import StreamReader, expand
+from pretrain.data.streaming import StreamConfig, StreamReader, expand
 
 
 @pytest.fixture
@@ -30,8 +30,9 @@ def data(tmp_path: Path) -> Path:
 def stream():
     readers = []
 
-    def open_it(path: str, **options) -> StreamReader:
-        readers.append(StreamReader(path, **{"seed": 1, "rank": 0, "shuffle_samples": 8} | options))
+    def open_it(path: str, seed: int = 1, rank: int = 0, position: int = 0, **options) -> StreamReader:
+        config = StreamConfig(**{"shuffle_samples": 8} | options)
+        readers.append(StreamReader(path, config, seed=seed, rank=rank, position=position))
         return readers[-1]
 
     yield open_it
@@ -133,8 +134,8 @@ def test_close_ends_commands_with_their_children_and_threads(data, stream):
 
 INTERRUPTED = """
 import sys
-from pretrain.data.streaming import StreamReader
-reader = StreamReader(sys.argv[1], seed=0, rank=0, shuffle_samples=1)
+from pretrain.data.streaming import StreamConfig, StreamReader
+reader = StreamReader(sys.argv[1], StreamConfig(shuffle_samples=1), seed=0, rank=0)
 for sample in reader:
     print(sample.key, flush=True)
 """

@@ -167,7 +167,9 @@ def check_batch(global_batch: int, names: Sequence[str], samples: Sequence[int],
     for name, own, weight in zip(names, samples, weights, strict=True):
         drawn = global_batch * weight / sum(weights)
         if drawn > own:
+            share = "" if len(names) == 1 else f", of which {drawn:.0f} come from one dataset,"
             raise ConfigError(
-                f"train.batch_size: {global_batch} takes {drawn:.0f} samples of {name} a batch, which has {own}: a picture "
-                "would meet itself in every batch. Use a smaller batch or more data, or give it less weight."
+                f"train.batch_size: {global_batch}{share} is more than the {own} samples of {name}: a picture would meet "
+                "itself in every batch. Use a smaller batch or more data"
+                + (", or give it less weight" if share else "")
             )

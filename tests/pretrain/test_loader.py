@@ -424,7 +424,7 @@ def test_sigkill_at_random_steps_and_another_number_of_ranks(tmp_path: Path) -> 
 def test_sizes_that_cannot_work_are_refused(shards: Path, tokenizer) -> None:
     with pytest.raises(ConfigError, match="cannot be shared equally by 3 ranks"):
         make(shards / "train", tokenizer, World(0, 3))
-    with pytest.raises(ConfigError, match="takes 64 samples of .* a batch, which has 48"):
+    with pytest.raises(ConfigError, match="64 is more than the 48 samples"):
         make(shards / "train", tokenizer, batch=64)
 
 

@@ -38,15 +38,14 @@ def print_order(config: "RunConfig", world_size: int, rank: int, start: int, ste
     paths, weights = zip(*datasets_of(config.data), strict=True)
     manifests = [Manifest.load(path) for path in paths]
     order = build_order([manifest.counts for manifest in manifests], weights, config.seed, global_batch)
-    names = [KeyReader(manifest).key for manifest in manifests]
+    readers = [KeyReader(manifest) for manifest in manifests]
     rows = global_batch // world_size
     for step in range(start, start + steps):
         first = step * global_batch + rank * rows
         places = order.at(np.arange(first, first + rows))
-        for row, (dataset, shard, place) in enumerate(
-            zip(places.dataset.tolist(), places.shard.tolist(), places.place.tolist(), strict=True)
-        ):
-            out.write(f"{step}\t{first + row}\t{paths[dataset]}\t{names[dataset](shard, place)}\n")
+        columns = (places.dataset.tolist(), places.shard.tolist(), places.place.tolist())
+        for position, (dataset, shard, place) in enumerate(zip(*columns, strict=True), start=first):
+            out.write(f"{step}\t{position}\t{paths[dataset]}\t{readers[dataset].key(shard, place)}\n")
     out.flush()  # here, where a reader that has gone is not an error
 
 

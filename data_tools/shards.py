@@ -120,8 +120,8 @@ class Selection:
         """int64 [shards]: samples that count."""
         counts = np.zeros(len(self.starts) - 1, np.int64)
         (filled,) = np.nonzero(np.diff(self.starts))
-        if len(filled):  # a byte a byte, not eight: views of 10^9 samples are counted too
-            counts[filled] = np.add.reduceat(_ONES[self.bits], self.starts[filled], dtype=np.int64)
+        if len(filled):  # uint32: reduceat to int64 takes 20 times as long
+            counts[filled] = np.add.reduceat(_ONES[self.bits], self.starts[filled], dtype=np.uint32)
         return counts
 
 

@@ -33,15 +33,15 @@ def print_order(config: "RunConfig", world_size: int, rank: int, start: int, ste
     supply = open_supply(config.data, config.seed, global_batch)
     if not isinstance(supply, IndexedSupply):
         raise ConfigError(f"{config.data.path}: the order of a stream is not known before it comes")
-    names = [KeyReader(manifest).key for manifest in supply.manifests]
+    readers = [KeyReader(manifest) for manifest in supply.manifests]
     rows = global_batch // world_size
     for step in range(start, start + steps):
         first = step * global_batch + rank * rows
         places = supply.order.at(np.arange(first, first + rows))
-        for row, (dataset, shard, place) in enumerate(
-            zip(places.dataset.tolist(), places.shard.tolist(), places.place.tolist(), strict=True)
-        ):
-            out.write(f"{step}\t{first + row}\t{supply.names[dataset]}\t{names[dataset](shard, place)}\n")
+        columns = (places.dataset.tolist(), places.shard.tolist(), places.place.tolist())
+        for position, (dataset, shard, place) in enumerate(zip(*columns, strict=True), start=first):
+            out.write(f"{step}	{position}	{supply.names[dataset]}	{readers[dataset].key(shard, place)}
+")
     out.flush()  # here, where a reader that has gone is not an error
 
 

@@ -54,10 +54,10 @@ _SHARD_NAME = re.compile(r"[A-Za-z0-9_-]+\.tar")
 _KEY = re.compile(r"[A-Za-z0-9_-]+")
 _EXTENSION = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*")
 
+PICTURE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+
 _LOST = (errno.ENOENT, errno.ESTALE, errno.EIO)
 """What a storage says of a file, or a part of one, that it has lost."""
-
-PICTURE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 
 
 class ShardError(UserError):

@@ -155,8 +155,8 @@ class Calls:
                 left_s = first_s + self.config.retry_for_s - now_s
                 if left_s <= 0:
                     raise UserError(
-                        f"{reason}. Tried {failures} times in {now_s - first_s:.0f} s. Check that the store can be reached "
-                        "from this machine, or raise data.cache.retry_for_s"
+                        f"{reason}. Given up after {now_s - first_s:.0f} s. Check that the store can be reached from this "
+                        "machine, or raise data.cache.retry_for_s"
                     ) from None
                 self._tell(f"{reason}. Trying again for {left_s:.0f} s", now_s)
                 self.pause(min(_FIRST_PAUSE_S * 2 ** (failures - 1), _LONGEST_PAUSE_S, left_s))

@@ -127,6 +127,18 @@ def test_a_shard_that_is_not_there_is_a_bad_sample_until_it_is_put_back(tmp_path
     assert reader.read(4).key == "1_0"
 
 
+def test_an_index_that_is_not_there_makes_bad_samples(tmp_path, data, store, open_reader):
+    reader = open_reader(store.url)
+    (data / "00001.tar.idx").unlink()
+    for name in names(tmp_path, ".idx"):
+        (tmp_path / "cache" / name).unlink()
+    reader.prefetch([1])
+    for _ in range(3):
+        with pytest.raises(ShardError, match=r"00001\.tar: its index is not there: http.*00001\.tar\.idx"):
+            reader.read(4)
+    assert reader.read(0).key == "0_0"
+
+
 @pytest.mark.parametrize("change", [-700, 700])
 @pytest.mark.parametrize("limit_gib", [1.0, 1e-6])
 def test_a_shard_of_another_size_is_a_bad_sample(data, store, open_reader, change, limit_gib):

@@ -203,7 +203,7 @@ class RemoteFolder(Folder):
 
     def sizes(self) -> dict[str, int]:
         """Bytes of every file inside, by name; without those whose size the store does not list, as HTTP servers do."""
-        files = [entry for entry in self._list() if entry["type"] == "file" and entry["size"] is not None]
+        files = [entry for entry in self._list() if entry["type"] == "file" and entry.get("size") is not None]
         return {entry["name"].rpartition("/")[2]: entry["size"] for entry in files}
 
     def _info(self, name: str) -> dict[str, Any]:
@@ -259,7 +259,7 @@ class RemoteFolder(Folder):
         return open_folder(place)
 
     def stamps(self, names: Iterable[str]) -> list[str]:
-        listed = {entry["name"].rpartition("/")[2]: entry for entry in self._list() if entry["size"] is not None}
+        listed = {entry["name"].rpartition("/")[2]: entry for entry in self._list() if entry.get("size") is not None}
         entries = [listed.get(name) or self._info(name) for name in names]
         return [" ".join(str(entry[tag]) for tag in _VERSION_TAGS if entry.get(tag) is not None) for entry in entries]
 

@@ -56,11 +56,11 @@ _SHARD_NAME = re.compile(r"[A-Za-z0-9_-]+\.tar")
 _KEY = re.compile(r"[A-Za-z0-9_-]+")
 _EXTENSION = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*")
 
+PICTURE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+
 _ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1, dtype=np.uint8)  # bits set in a byte
 _LOST = (errno.ENOENT, errno.ESTALE, errno.EIO)
 """What a storage says of a file, or a part of one, that it has lost."""
-
-PICTURE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 
 
 class ShardError(UserError):
@@ -430,8 +430,7 @@ class ShardReader:
 
         Raises IndexError outside [0, len), and ShardError for bytes that are missing or a header that is damaged.
         """
-        number, place = self.locate(index)
-        return self._open(number).read_selected(place)
+        return self.read_selected(*self.locate(index))
 
     def locate(self, index: int) -> tuple[int, int]:
         """The number of the shard of sample `index`, and how many samples that count come before it there.
@@ -445,11 +444,11 @@ class ShardReader:
 
     def read_place(self, number: int, place: int) -> RawSample:
         """Read the sample at a place of the tar of shard `number`, whether it counts or not. Raises ShardError."""
-        return self._open(number).read(place)
+        return self._read(number, _OpenShard.read, place)
 
     def read_selected(self, number: int, place: int) -> RawSample:
         """Read the sample of shard `number` before which so many come that count. Raises ShardError."""
-        return self._open(number).read_selected(place)
+        return self._read(number, _OpenShard.read_selected, place)
 
     fetches = False  # whether `prefetch` does anything
 
@@ -460,6 +459,17 @@ class ShardReader:
         """Close the cached files; a later `read` opens them again."""
         with self._lock:
             self._open_shards.clear()
+
+    def _read(self, number: int, read: Callable[["_OpenShard", int], RawSample], place: int) -> RawSample:
+        try:
+            return read(self._open(number), place)
+        except OSError as error:
+            if not isinstance(error, FileNotFoundError) and error.errno not in _LOST:
+                raise
+            with self._lock:
+                self._open_shards.pop(number, None)  # a stale handle never reads again, a new one may
+            where = self._manifest.tars.locate(self._manifest.shards[number].name)
+            raise ShardError(f"{where}: this shard, or its index, is not readable: {error}. Restore it") from None
 
     def _open(self, number: int) -> "_OpenShard":
         with self._lock:
@@ -477,15 +487,7 @@ class ShardReader:
             return shard
 
     def _open_shard(self, number: int, open_file: Callable[[int], Any]) -> "_OpenShard":
-        try:
-            return _OpenShard(self._manifest, number, open_file(number))
-        except OSError as error:
-            if not (isinstance(error, FileNotFoundError) or error.errno in _LOST):
-                raise
-            where = self._manifest.tars.locate(self._manifest.shards[number].name)
-            raise ShardError(
-                f"{where}: this shard, or its index, cannot be opened: {error}. Restore it from a copy"
-            ) from None
+        return _OpenShard(self._manifest, number, open_file(number))
 
     def _open_file(self, number: int) -> Any:
         """What reads ranges of the tar of shard `number`: `read(start, end)`."""
@@ -510,12 +512,7 @@ class _OpenShard:
         start, end = int(self._offsets[place]), int(self._offsets[place + 1])
         where = f"{self._path}: sample {place} of {self._info.samples}, bytes {start} to {end}"
         advice = f"Restore {self._info.name} from a copy, or delete {MANIFEST_NAME} and this shard and build again"
-        try:
-            data = self._file.read(start, end)
-        except OSError as error:
-            if error.errno not in _LOST:
-                raise
-            raise ShardError(f"{where}: {error.strerror}. {advice}") from None
+        data = self._file.read(start, end)
         if len(data) < end - start:
             raise ShardError(f"{where}: the file ends after {len(data)} of {end - start} bytes. {advice}")
         try:

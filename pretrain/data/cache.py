@@ -155,8 +155,8 @@ class Calls:
                 left_s = first_s + self.config.retry_for_s - now_s
                 if left_s <= 0:
                     raise UserError(
-                        f"{reason}. Tried {failures} times in {now_s - first_s:.0f} s. Check that the store can be reached "
-                        "from this machine, or raise data.cache.retry_for_s"
+                        f"{reason}. Given up after {now_s - first_s:.0f} s. Check that the store can be reached from this "
+                        "machine, or raise data.cache.retry_for_s"
                     ) from None
                 self._tell(f"{reason}. Trying again for {left_s:.0f} s", now_s)
                 self.pause(min(_FIRST_PAUSE_S * 2 ** (failures - 1), _LONGEST_PAUSE_S, left_s))
@@ -512,8 +512,9 @@ class DiskCache:
         except BaseException as error:
             part.unlink(missing_ok=True)
             os.close(descriptor)
-            if isinstance(error, OSError) and error.errno in _DISK_FULL:
-                raise NoRoom("its disk is full") from None
+            if isinstance(error, OSError):  # the store's errors are others by now
+                reason = "is full" if error.errno in _DISK_FULL else f"fails: {error.strerror}"
+                raise NoRoom(f"its disk {reason}") from None
             raise
 
     def read(self, key: str) -> bytes | None:
@@ -725,10 +726,14 @@ class CachedReader(ShardReader):
             raise ShardError(reason)
         try:
             return super()._open_shard(number, open_file)
-        except ShardError as error:
+        except (ShardError, FileNotFoundError) as error:
+            reason = str(error)
+            if isinstance(error, FileNotFoundError):
+                where = self._manifest.tars.locate(self._manifest.shards[number].name)
+                reason = f"{where}: its index is not there: {error}. Restore it from a copy"
             with self._changed:
-                self._missing[number] = time.monotonic(), str(error)
-            raise
+                self._missing[number] = time.monotonic(), reason
+            raise ShardError(reason) from None
 
     def _open_file(self, number: int) -> Any:
         try:

@@ -69,7 +69,8 @@ def _index_once(path: str, cache: CacheConfig) -> Manifest:
     with _lock(of_path, path):
         if target.size(MANIFEST_NAME) is not None:
             return Manifest.load(target)
-        log.info("%s: reading the headers of %d tars, once", path, len(names))
+        # Of a level that is shown: this may take long, and a job's output is no terminal with a progress bar.
+        log.warning("%s: reading the headers of %d tars, once", path, len(names))
         processes = None if len(names) > _FEW_TARS else 1
         manifest, facts = index_folder(folder, names, target, prefix_keys=None, processes=processes)
     if facts["duplicate_keys"]:
@@ -79,7 +80,7 @@ def _index_once(path: str, cache: CacheConfig) -> Manifest:
             facts["duplicate_keys"],
             facts["duplicate_key"],
         )
-    log.info("%s: %d samples in %d tars", path, manifest.samples, len(names))
+    log.warning("%s: %d samples in %d tars", path, manifest.samples, len(names))
     return manifest
 
 
@@ -90,7 +91,7 @@ def _lock(folder: Path, path: str) -> Iterator[None]:
         try:
             stack.enter_context(lock_folder(folder))
         except UserError:
-            log.info("%s: another process is reading the headers of its tars; waiting for it", path)
+            log.warning("%s: another process is reading the headers of its tars; waiting for it", path)
             stack.enter_context(lock_folder(folder, wait=True))
         yield
 

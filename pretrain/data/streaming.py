@@ -68,10 +68,11 @@ class StreamReader:
         self._seed = _derive(_derive(seed, "stream", position), "rank", rank)
         self.skipped = 0
         self._bad_in_a_row = 0
-        self._lock = threading.Lock()  # of the two counts, and of the commands
+        self._lock = threading.Lock()  # of the two counts, and of the commands: none begins without it
         self._stopped = threading.Event()
         self._commands: set[subprocess.Popen] = set()
-        self._end_commands = weakref.finalize(self, _kill, self._commands)  # also when the interpreter ends
+        # Also when the interpreter ends without a `close`, as it does on Ctrl-C.
+        self._end_commands = weakref.finalize(self, _end, self._stopped, self._lock, self._commands)
         self._queues: list[queue.Queue] = [queue.Queue(_WAITING_SAMPLES) for _ in range(config.pipes)]
         self._threads = [
             threading.Thread(target=self._fill, args=(number,), daemon=True, name=f"pipe {number}")
@@ -90,9 +91,7 @@ class StreamReader:
 
     def close(self) -> None:
         """End the commands, with all that they have started, and the threads."""
-        self._stopped.set()
-        with self._lock:
-            self._end_commands()
+        self._end_commands()
         for thread in self._threads:
             thread.join()
 
@@ -242,9 +241,16 @@ class _Output(io.RawIOBase):
             raise OSError(f"the command ended with exit code {code}")
 
 
+def _end(stopped: threading.Event, lock: threading.Lock, commands: set[subprocess.Popen]) -> None:
+    """Let no command begin from now on, and end those that run."""
+    stopped.set()
+    with lock:
+        _kill(commands)
+
+
 def _kill(commands: Iterable[subprocess.Popen]) -> None:
     """End commands that have not been waited for, and all that they have started."""
-    for command in list(commands):
+    for command in commands:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(command.pid, signal.SIGKILL)
 

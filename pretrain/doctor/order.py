@@ -40,8 +40,7 @@ def print_order(config: "RunConfig", world_size: int, rank: int, start: int, ste
         places = supply.order.at(np.arange(first, first + rows))
         columns = (places.dataset.tolist(), places.shard.tolist(), places.place.tolist())
         for position, (dataset, shard, place) in enumerate(zip(*columns, strict=True), start=first):
-            out.write(f"{step}	{position}	{supply.names[dataset]}	{readers[dataset].key(shard, place)}
-")
+            out.write(f"{step}\t{position}\t{supply.names[dataset]}\t{readers[dataset].key(shard, place)}\n")
     out.flush()  # here, where a reader that has gone is not an error
 
 

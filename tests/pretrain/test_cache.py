@@ -9,6 +9,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from paths import ROOT
 from stores import HttpStore, serve, wait_for, write_shards
@@ -126,6 +127,18 @@ def test_a_shard_that_is_not_there_is_a_bad_sample_until_it_is_put_back(tmp_path
     assert reader.read(4).key == "1_0"
 
 
+def test_an_index_that_is_not_there_makes_bad_samples(tmp_path, data, store, open_reader):
+    reader = open_reader(store.url)
+    (data / "00001.tar.idx").unlink()
+    for name in names(tmp_path, ".idx"):
+        (tmp_path / "cache" / name).unlink()
+    reader.prefetch([1])
+    for _ in range(3):
+        with pytest.raises(ShardError, match=r"00001\.tar: its index is not there: http.*00001\.tar\.idx"):
+            reader.read(4)
+    assert reader.read(0).key == "0_0"
+
+
 @pytest.mark.parametrize("change", [-700, 700])
 @pytest.mark.parametrize("limit_gib", [1.0, 1e-6])
 def test_a_shard_of_another_size_is_a_bad_sample(data, store, open_reader, change, limit_gib):
@@ -155,7 +168,9 @@ def test_a_server_that_has_gone_ends_in_one_line(data, store, open_reader):
         reader.read(4)
     assert not isinstance(caught.value, ShardError) and 0.5 < time.monotonic() - start_s < 3
     text = str(caught.value)
-    assert "/00001.tar" in text and "times in 1 s" in text and "data.cache.retry_for_s" in text and "\n" not in text
+    assert (
+        "/00001.tar" in text and "Given up after 1 s" in text and "data.cache.retry_for_s" in text and "\n" not in text
+    )
 
 
 def test_a_refusal_at_the_start_is_not_tried_again(data, store, tmp_path):
@@ -229,6 +244,51 @@ def test_a_rebuilt_dataset_does_not_get_the_old_shards(tmp_path, data, store, op
     shutil.rmtree(data)
     write_shards(data, size=3100)
     assert len(open_reader(store.url).read(0).fields["jpg"]) == 3100
+
+
+def test_threads_that_read_at_random_with_little_room(tmp_path, open_reader):
+    local = read_all(ShardReader(write_shards(tmp_path / "many", shards=8)))
+    size = (tmp_path / "many" / "00000.tar").stat().st_size
+    with serve(tmp_path / "many") as store:
+        reader = open_reader(store.url, limit_gib=3.5 * size / 2**30, timeout_s=20.0)
+        store.faults.extend([500, "drop", 503])
+        wrong = []
+
+        def read(seed: int) -> None:
+            generator = np.random.default_rng(seed)
+            for step in range(40):
+                if seed == 0:
+                    reader.prefetch([step // 5, step // 5 + 1][: 8 - step // 5])
+                index = int(generator.integers(len(local)))
+                if reader.read(index) != local[index]:
+                    wrong.append(index)
+
+        threads = [threading.Thread(target=read, args=(seed,)) for seed in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert not wrong and not any(thread.is_alive() for thread in threads)
+        reader.close()
+    assert sum((tmp_path / "cache" / name).stat().st_size for name in names(tmp_path, ".tar")) <= 3.5 * size
+    assert not names(tmp_path, ".part")
+
+
+def test_the_folder_is_where_the_system_keeps_caches(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative, which the standard says is to be ignored")
+    assert str(CacheConfig().locate()) == "/home/someone/.cache/image-text-pretrain"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/scratch")
+    assert str(CacheConfig().locate()) == "/scratch/image-text-pretrain"
+    assert str(CacheConfig(folder="~/shards").locate()) == "/home/someone/shards"
+
+
+def test_a_folder_that_cannot_be_used_is_refused(tmp_path, data, store):
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(
+        UserError, match=r"cache: the cache of remote shards cannot be kept here: .* data\.cache\.folder"
+    ):
+        CachedReader(Manifest.load(open_folder(f"file://{data}")), make_config(tmp_path))
 
 
 def test_close_ends_what_is_under_way_and_leaves_nothing(tmp_path, data, store, open_reader):

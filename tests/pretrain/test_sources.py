@@ -50,7 +50,6 @@ def test_a_local_dataset_is_read_in_place(tmp_path, cache):
 
 @pytest.mark.parametrize("pattern", ["", "/{00000..00002}.tar", "/*.tar"])
 def test_tars_of_others_are_indexed_once(tars, cache, caplog, pattern):
-    caplog.set_level("INFO")
     for _ in range(2):
         assert read_keys(f"{tars}{pattern}", cache) == KEYS
     assert caplog.text.count("reading the headers of 3 tars, once") == 1
@@ -130,8 +129,7 @@ def test_what_cannot_be_opened_is_refused_in_one_line(tmp_path, cache, place, te
 
 
 OPEN = """
-import sys, logging
-logging.basicConfig(level="INFO", format="%(message)s")
+import sys
 from pretrain.data.cache import CacheConfig
 from pretrain.data.sources import load_dataset
 print(load_dataset(sys.argv[1], CacheConfig(folder=sys.argv[2])).samples)

@@ -15,7 +15,7 @@ from paths import ROOT
 from stores import wait_for, write_shards
 
 from data_tools.errors import UserError
-from data_tools.shards import ShardReader
+from data_tools.shards import Manifest, ShardReader
 from pretrain.config import ConfigError
 from pretrain.data.streaming import StreamConfig, StreamReader, expand
 
@@ -45,8 +45,6 @@ def take(reader: StreamReader, count: int) -> list:
 
 
 def test_samples_are_those_of_the_shards(data, stream):
-    from data_tools.shards import Manifest
-
     local = {sample.key: sample.fields for sample in map(ShardReader(Manifest.load(data)).read, range(20))}
     taken = take(stream(f"pipe:cat {data}/{{00000..00003}}.tar"), 200)
     seen = Counter(sample.key for sample in taken)
@@ -69,11 +67,10 @@ def test_damaged_shards_and_failing_commands_are_skipped_and_counted(data, strea
     content = (data / "00001.tar").read_bytes()
     (data / "00001.tar").write_bytes(content[: len(content) // 2])
     (data / "00002.tar").write_bytes(b"not an archive" * 1000)
-    command = f"test {{00000..00003}} != 00003 && cat {data}/{{00000..00003}}.tar"
     paths = [f"pipe:test {n:05d} != 00003 && cat {data}/{n:05d}.tar" for n in range(4)]
     reader = stream("::".join(paths))
     keys = {sample.key for sample in take(reader, 150)}
-    assert reader.skipped > 3 and caplog.text.count("skipped") == 1, command
+    assert reader.skipped > 3 and caplog.text.count("skipped") == 1
     assert {f"0_0_{place}" for place in range(5)} <= keys
     assert {key for key in keys if key.startswith("1_")} <= {"1_1_0", "1_1_1", "1_1_2"}  # whole ones before the damage
     assert not {key for key in keys if key[0] in "23"}
@@ -128,7 +125,7 @@ def test_close_ends_commands_with_their_children_and_threads(data, stream):
     start_s = time.monotonic()
     reader.close()
     assert time.monotonic() - start_s < 5
-    wait_for(lambda: not find_processes(word), 2)
+    wait_for(lambda: not find_processes(word))
     assert not set(threading.enumerate()) - before
 
 
@@ -149,8 +146,8 @@ def test_ctrl_c_ends_the_commands_even_without_close(data):
     assert process.stdout.readline().startswith("0_0_")
     wait_for(lambda: len(find_processes(word)) >= 3)  # ours and two shells
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=20)
-    wait_for(lambda: not find_processes(word), 2)
+    process.communicate(timeout=60)
+    wait_for(lambda: not find_processes(word))
 
 
 def test_paths_are_expanded_as_webdataset_does(monkeypatch):

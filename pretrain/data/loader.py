@@ -176,7 +176,8 @@ class Loader:
         most = max(len(sample.captions) for sample in samples)
         true_text_ids = [[*map(stable_id, sample.captions)] for sample in samples]
         batch = Batch(
-            image=torch.stack([sample.image for sample in samples]),
+            # NumPy's, as torch would use its own threads, and wait for them while the decoding threads have the cores.
+            image=torch.from_numpy(np.stack([sample.image.numpy() for sample in samples])),
             ids=ids,
             mask=mask,
             image_id=torch.tensor([stable_id(sample.key) for sample in samples]),

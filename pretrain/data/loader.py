@@ -26,6 +26,7 @@ from pretrain.data.cache import CacheConfig
 from pretrain.data.decode import BadSample
 from pretrain.data.fields import decode_fields
 from pretrain.data.stages import Rejected, StageConfig, load_stages
+from pretrain.data.streaming import StreamConfig
 from pretrain.data.supply import BAD_READS, Draw, open_supply
 from pretrain.data.text import Tokenizer
 from pretrain.randomness import generator, stable_id
@@ -67,6 +68,7 @@ class DataConfig(ConfigModel):
     window_samples: Count = 100_000  # that are mixed with each other, over all ranks
     max_bad_share: float = pydantic.Field(default=0.05, ge=0, le=1)  # more samples replaced than this end the run
     cache: CacheConfig = CacheConfig()
+    stream: StreamConfig = StreamConfig()  # of a "pipe:..."
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -219,7 +221,7 @@ class Loader:
         pending: deque[Filling] = deque()
         submitted = self.position
         threads = self.config.threads
-        self.supply.open(submitted)
+        self.supply.open(submitted, ahead)
         with ThreadPoolExecutor(threads, thread_name_prefix="decode") if threads else InThisThread() as pool:
             try:
                 while True:

@@ -39,14 +39,17 @@ class Draw:
 
 
 class Supply(Protocol):
-    """See `IndexedSupply` and `StreamSupply`. `open` it before reading; `close` ends all reads, those under way too."""
+    """See `IndexedSupply` and `StreamSupply`.
+
+    `open` it before reading from `position` on, with so many batches under way at once; `close` ends all reads.
+    """
 
     names: list[str]  # of the datasets, as in the config
     epoch_samples: int | None  # positions of an epoch: of a blend, of all its datasets together; of a stream, unknown
     ledger: Ledger | None
 
     def describe(self) -> dict[str, Any]: ...
-    def open(self, position: int) -> None: ...
+    def open(self, position: int, under_way: int) -> None: ...
     def draw(self, positions: np.ndarray) -> Draw: ...
     def read(self, draw: Draw, row: int, attempt: int) -> RawSample: ...
     def close(self) -> None: ...
@@ -80,15 +83,16 @@ class IndexedSupply:
         self.epoch_samples = round(sum(times * own for times, own in zip(passes, samples, strict=True)))
         self._cache, self._global_batch = config.cache, global_batch
         self._readers: list[ShardReader] = []
+        self._under_way = 0  # batches whose reads may not have ended
         self._announced = -1  # the position up to which the readers know what comes
 
     def describe(self) -> dict[str, Any]:
         """What the order of samples depends on."""
         return {"datasets": self._fingerprints, **self.order.describe()}
 
-    def open(self, position: int) -> None:
+    def open(self, position: int, under_way: int) -> None:
         self._readers = [open_reader(manifest, self._cache) for manifest in self.manifests]
-        self._announced = -1
+        self._under_way, self._announced = under_way, -1
 
     def draw(self, positions: np.ndarray) -> Draw:
         self._announce(positions)
@@ -114,7 +118,8 @@ class IndexedSupply:
         if not any(reader.fetches for reader in self._readers) or positions[0] + ahead // 2 < self._announced:
             return
         self._announced = int(positions[0]) + ahead
-        places = self.order.at((positions + np.arange(0, ahead, self._global_batch)[:, None]).ravel())
+        behind = min(self._under_way, int(positions[0]) // self._global_batch) * self._global_batch
+        places = self.order.at((positions + np.arange(-behind, ahead, self._global_batch)[:, None]).ravel())
         for dataset, reader in enumerate(self._readers):
             shards = places.shard[places.dataset == dataset]
             first = np.unique(shards, return_index=True)[1]
@@ -129,14 +134,14 @@ class StreamSupply:
 
     def __init__(self, config: "DataConfig", seed: int, rank: int) -> None:
         self.names, self.ledger, self.epoch_samples = [config.path], None, None
-        self._seed, self._rank = seed, rank
+        self._config, self._seed, self._rank = config.stream, seed, rank
         self._lock = threading.Lock()
 
     def describe(self) -> dict[str, Any]:
         return {"stream": self.names[0]}
 
-    def open(self, position: int) -> None:
-        self._reader = StreamReader(self.names[0], seed=self._seed, rank=self._rank, position=position)
+    def open(self, position: int, under_way: int) -> None:
+        self._reader = StreamReader(self.names[0], self._config, seed=self._seed, rank=self._rank, position=position)
         self._samples = iter(self._reader)
 
     def draw(self, positions: np.ndarray) -> Draw:

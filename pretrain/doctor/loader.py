@@ -71,7 +71,7 @@ def time_stages(loader: Loader) -> tuple[dict[str, float], int]:
     supply, config = loader.supply, loader.config
     spent = dict.fromkeys(("read", "decode", "crop", "tokenise", "collate"), 0.0)
     clock = time.perf_counter
-    supply.open(0)
+    supply.open(0, 0)
     try:
         positions = np.arange(STAGE_SAMPLES)
         drawn = supply.draw(positions)

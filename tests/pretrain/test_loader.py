@@ -20,11 +20,13 @@ from hypothesis import strategies as st
 from paths import ROOT
 from PIL import Image
 from ranks import run_on_ranks
+from stores import serve, wait_for
 
 from data_tools.errors import UserError
 from data_tools.shards import Manifest, write_shard
 from pretrain.config import ConfigError
 from pretrain.data.augment import AugmentConfig
+from pretrain.data.cache import CacheConfig
 from pretrain.data.loader import DataConfig, Loader
 from pretrain.data.text import ClipTokenizerConfig, build_tokenizer
 from pretrain.world import World
@@ -419,6 +421,66 @@ def test_sigkill_at_random_steps_and_another_number_of_ranks(tmp_path: Path) -> 
         loader = Loader(config, NoTokenizer(), 8, 24, 3, World())
         state_path.write_text(json.dumps(loader.state() | {"position": 24 * done}))
     assert done == 40
+
+
+def test_a_store_that_goes_away_for_a_while(tmp_path: Path) -> None:
+    """The same batches as from the disk, though the store is gone for a second; and nothing is left behind."""
+    path = write_dataset(tmp_path / "a", [40, 25, 60], name="a")
+    local = take_keys(DataConfig(path=str(path)), 5, 25, World())
+    cache = CacheConfig(folder=str(tmp_path / "cache"), timeout_s=1, retry_for_s=30, download_threads=1)
+    before = set(threading.enumerate())
+    with serve(path) as store:
+        config = DataConfig(path=store.url, cache=cache, prefetch_mib=1, window_samples=10)
+        expected = take_keys(config.model_copy(update={"path": str(path)}), 5, 25, World())
+        loader = Loader(config, NoTokenizer(), 8, 5, 3, World())
+        store.stop()
+        threading.Timer(1.0, store.start).start()
+        batches = iter(loader)
+        assert [next(batches).keys for _ in range(25)] == expected != local
+        batches.close()
+        assert not [name for name in os.listdir(tmp_path / "cache") if name.endswith(".part")]
+    wait_for(lambda: not {thread for thread in set(threading.enumerate()) - before if thread.name.startswith("fetch")})
+
+
+def test_a_stream(tmp_path: Path) -> None:
+    path = write_dataset(tmp_path / "a", [20, 30, 10], name="a")
+    config = DataConfig(path=f"pipe:cat {path}/{{00000..00002}}.tar", captions="turn", threads=3)
+    loader = Loader(config, NoTokenizer(), 8, 10, 0, World())
+    keys = {key for batch in take(loader, 30) for key in batch.keys}
+    assert len(keys) > 50 and loader.supply.epoch_samples is None
+    state = loader.state()
+    assert state["position"] == 300
+    loader.restore(state)
+    assert len(take(loader, 1)[0].keys) == 10
+    with pytest.raises(ConfigError, match="cannot be blended"):
+        Loader(
+            DataConfig(datasets=[{"path": config.path, "weight": 1}, {"path": str(path), "weight": 1}]),
+            *(NoTokenizer(), 8, 10, 0, World()),
+        )
+
+
+def is_even(sample: dict) -> bool:
+    return int(sample["__key__"][-1]) % 2 == 0
+
+
+def shout(sample: dict) -> dict:
+    return sample | {"json": {"captions": [text.upper() for text in sample["json"]["captions"]]}}
+
+
+def test_stages_and_other_fields(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    path = write_dataset(tmp_path / "a", [20, 30])
+    stages = [{"select": "test_loader.is_even"}, {"map": "test_loader.shout", "decoded": True}]
+    config = DataConfig(path=str(path), stages=stages, fields=["json", "cls"])
+    loader = Loader(config, NoTokenizer(), 8, 10, 0, World())
+    for batch in take(loader, 5):
+        assert all(int(key[-1]) % 2 == 0 for key in batch.keys)
+        assert all(
+            extra["captions"][0] == f"{key} a".upper()
+            for key, extra in zip(batch.keys, batch.extra["json"], strict=True)
+        )
+        assert batch.extra["cls"] == [None] * 10
+    assert not loader.skipped  # what a stage rejects is not bad
 
 
 def test_sizes_that_cannot_work_are_refused(shards: Path, tokenizer) -> None:

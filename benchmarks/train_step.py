@@ -22,6 +22,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
@@ -208,9 +209,8 @@ def draw_batch(options: argparse.Namespace, config: ModelConfig) -> Batch:
         keys=[str(number) for number in range(count)],
     )
     if options.device == "cuda":
-        from pretrain.data.loader import pin
-
-        batch = pin(batch)
+        pinned = {name: part.pin_memory() for name, part in vars(batch).items() if isinstance(part, torch.Tensor)}
+        batch = replace(batch, **pinned)
     return batch
 
 

@@ -90,12 +90,13 @@ class Folder:
         """Names of the files and folders inside, sorted; none where the folder does not exist."""
         return sorted(os.listdir(self.path)) if self.path.is_dir() else []
 
-    def sizes(self) -> dict[str, int]:
-        """Bytes of every file inside, by name."""
+    def sizes(self, endings: tuple[str, ...] = ("",)) -> dict[str, int]:
+        """Bytes of every file inside whose name has one of these endings, by name. Only those are asked for their size."""
         if not self.path.is_dir():
             return {}
         with os.scandir(self.path) as entries:
-            return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+            wanted = (entry for entry in entries if entry.name.endswith(endings) and entry.is_file())
+            return {entry.name: entry.stat().st_size for entry in wanted}
 
     def size(self, name: str) -> int | None:
         """Bytes of the file, or None where there is no such file."""
@@ -188,12 +189,13 @@ class RemoteFolder(Folder):
     def names(self) -> list[str]:
         return sorted(self.sizes())
 
-    def sizes(self) -> dict[str, int]:
+    def sizes(self, endings: tuple[str, ...] = ("",)) -> dict[str, int]:
         try:
             entries = self._fs.ls(self._root, detail=True, refresh=True)
         except FileNotFoundError:
             return {}
-        return {entry["name"].rpartition("/")[2]: entry["size"] for entry in entries if entry["type"] == "file"}
+        files = {entry["name"].rpartition("/")[2]: entry["size"] for entry in entries if entry["type"] == "file"}
+        return {name: size for name, size in files.items() if name.endswith(endings)}
 
     def size(self, name: str) -> int | None:
         try:

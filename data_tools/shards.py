@@ -55,7 +55,7 @@ _SHARD_NAME = re.compile(r"[A-Za-z0-9_-]+\.tar")
 _KEY = re.compile(r"[A-Za-z0-9_-]+")
 _EXTENSION = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*")
 
-_ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1, dtype=np.uint8)  # bits set in a byte
+_ONES = bytes(bin(byte).count("1") for byte in range(256))  # bits set in a byte
 
 PICTURE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 
@@ -117,8 +117,9 @@ class Selection:
         """int64 [shards]: samples that count."""
         counts = np.zeros(len(self.starts) - 1, np.int64)
         (filled,) = np.nonzero(np.diff(self.starts))
-        if len(filled):  # uint32: reduceat to int64 takes 20 times as long
-            counts[filled] = np.add.reduceat(_ONES[self.bits], self.starts[filled], dtype=np.uint32)
+        if len(filled):  # 10^9 samples in under a second: reduceat to int64, or indexing by bytes, takes several
+            ones = np.frombuffer(self.bits.tobytes().translate(_ONES), np.uint8)
+            counts[filled] = np.add.reduceat(ones, self.starts[filled], dtype=np.uint32)
         return counts
 
 
@@ -634,8 +635,9 @@ def _load_shards(folder: Folder, content: dict[str, Any]) -> Manifest:
         raise UserError(
             f"{where}: entries are missing or contradict each other. Restore it from a copy, or build again"
         )
-    sizes = tars.sizes()
-    indexes = sizes if tars == folder else folder.sizes()
+    endings = (".tar", INDEX_SUFFIX, RETRY_NAME)
+    sizes = tars.sizes(endings)
+    indexes = sizes if tars == folder else folder.sizes(endings)
     unlisted = {name for name in sizes if name.endswith(".tar")} - {shard.name for shard in shards}
     if unlisted and tars == folder:
         unlisted -= set(json.loads(folder.read(RETRY_NAME))["shards"]) if RETRY_NAME in sizes else set()

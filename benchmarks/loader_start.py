@@ -71,16 +71,17 @@ def make_dataset(folder: Path, shards: int, samples: int) -> None:
 
 
 def measure(folder: Path) -> None:
-    begin = time.perf_counter()
+    begin, cpu_begin = time.perf_counter(), time.process_time()
     from pretrain.data.ledger import Identities
     from pretrain.data.order import build_order
 
     def tell(what: str) -> None:
-        nonlocal begin
+        nonlocal begin, cpu_begin
         # Not getrusage's: that also counts the parent, before the program was loaded.
         memory_mib = int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
-        print(f"  {what:<48} {time.perf_counter() - begin:8.3f} s   {memory_mib:6.0f} MiB at most so far")
-        begin = time.perf_counter()
+        took_s, cpu_s = time.perf_counter() - begin, time.process_time() - cpu_begin
+        print(f"  {what:<42} {took_s:8.3f} s {cpu_s:8.3f} s of CPU {memory_mib:6.0f} MiB at most so far")
+        begin, cpu_begin = time.perf_counter(), time.process_time()
 
     tell("imports (torch among them)")
     manifest = Manifest.load(folder)

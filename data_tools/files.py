@@ -93,12 +93,13 @@ class Folder:
         """Names of the files and folders inside, sorted; none where the folder does not exist."""
         return sorted(os.listdir(self.path)) if self.path.is_dir() else []
 
-    def sizes(self) -> dict[str, int]:
-        """Bytes of every file inside, by name."""
+    def sizes(self, endings: tuple[str, ...] = ("",)) -> dict[str, int]:
+        """Bytes of every file inside whose name has one of these endings, by name. Only those are asked for their size."""
         if not self.path.is_dir():
             return {}
         with os.scandir(self.path) as entries:
-            return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+            wanted = (entry for entry in entries if entry.name.endswith(endings) and entry.is_file())
+            return {entry.name: entry.stat().st_size for entry in wanted}
 
     def size(self, name: str) -> int | None:
         """Bytes of the file, or None where there is no such file."""
@@ -201,10 +202,11 @@ class RemoteFolder(Folder):
     def names(self) -> list[str]:
         return sorted(entry["name"].rstrip("/").rpartition("/")[2] for entry in self._list())
 
-    def sizes(self) -> dict[str, int]:
-        """Bytes of every file inside, by name; without those whose size the store does not list, as HTTP servers do."""
+    def sizes(self, endings: tuple[str, ...] = ("",)) -> dict[str, int]:
+        """As of a local folder; without those whose size the store does not list, as HTTP servers do."""
         files = [entry for entry in self._list() if entry["type"] == "file" and entry.get("size") is not None]
-        return {entry["name"].rpartition("/")[2]: entry["size"] for entry in files}
+        sizes = {entry["name"].rpartition("/")[2]: entry["size"] for entry in files}
+        return {name: size for name, size in sizes.items() if name.endswith(endings)}
 
     def _info(self, name: str) -> dict[str, Any]:
         return self._fs.info(f"{self._root}/{name}")

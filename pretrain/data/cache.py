@@ -241,8 +241,9 @@ class CachedFolder(RemoteFolder):
             return super().resolve(place)
         return CachedFolder(place, self.config, self.calls, self._manifest)
 
-    def sizes(self) -> dict[str, int]:
-        return super().sizes() or self._read_sizes()
+    def sizes(self, endings: tuple[str, ...] = ("",)) -> dict[str, int]:
+        sizes = super().sizes() or self._read_sizes()
+        return {name: size for name, size in sizes.items() if name.endswith(endings)}
 
     def _list(self) -> list[dict[str, Any]]:
         fs = self._fs

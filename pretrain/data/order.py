@@ -101,7 +101,7 @@ def effective_shards(counts: Sequence[np.ndarray], weights: Sequence[int], windo
     read_twice = [
         weights[number] * int((counts[number] ** 2).sum()) / int(counts[number].sum()) ** 2 for number in large
     ]
-    return int(sum(weights[number] for number in large) / sum(read_twice))
+    return round(sum(weights[number] for number in large) / sum(read_twice))
 
 
 class Order:

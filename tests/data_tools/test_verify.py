@@ -231,7 +231,7 @@ def test_a_damaged_sample_goes_into_quarantine(folder, tmp_path, capsys):
 def test_a_shard_that_is_gone_goes_into_quarantine_and_the_rest_loads(folder, tmp_path, damage):
     damage(folder)
     with pytest.raises(UserError):
-        Manifest.load(folder)
+        keys_of(folder)
     assert verify(folder, quarantine=True).newly_quarantined == 4
     assert keys_of(folder) == ALL[4:]
     again = verify(folder)

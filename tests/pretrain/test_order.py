@@ -242,7 +242,7 @@ def test_streams() -> None:
     assert choose_streams(1000, 1000) == 40
     assert choose_streams(7, 1000) == 7
     assert effective_shards([np.full(100, 5), np.full(7, 10)], [1, 1], window=100) == 100
-    assert effective_shards([np.full(100, 5), np.full(50, 10)], [1, 1], window=100) == 66  # harmonic mean
+    assert effective_shards([np.full(100, 5), np.full(50, 10)], [1, 1], window=100) == 67  # harmonic mean
     assert effective_shards([np.array([900, 50, 50])], [1], window=1000) == 1
 
 

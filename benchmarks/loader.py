@@ -20,6 +20,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -88,6 +89,7 @@ def compare_on(shards: Path, cores: list[int], options: argparse.Namespace) -> N
             rate, peak = measure({**settings, "name": name})
             rates[name].append(rate)
             memory[name] = max(memory[name], peak)
+            print(f"{shards.name} {number + 1}: {name} {rate:.0f} images/s", file=sys.stderr, flush=True)
     manifest = json.loads((shards / "manifest.json").read_bytes())
     size = sum(path.stat().st_size for path in shards.glob("*.tar"))
     print(f"\n{shards.name}: {manifest['samples']} samples, {size / manifest['samples'] / 1e3:.0f} KB each")
@@ -185,6 +187,7 @@ def run_contender(settings: SimpleNamespace) -> None:
     started_s = time.monotonic()
     images = count_until(batches, settings.seconds)
     print(json.dumps({"images_per_s": images / (time.monotonic() - started_s)}), flush=True)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report the workers as failed
     for worker in multiprocessing.active_children():
         worker.kill()
     os._exit(0)  # without waiting for what decodes ahead

@@ -59,8 +59,6 @@ _EXTENSION = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*")
 PICTURE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 
 _ONES = bytes(bin(byte).count("1") for byte in range(256))  # bits set in a byte
-PICTURE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-
 _LOST = (errno.ENOENT, errno.ESTALE, errno.EIO)
 """What a storage says of a file, or a part of one, that it has lost."""
 

@@ -494,9 +494,3 @@ def _ways_to_split(
         halves[lighter].append(dataset)
         totals[lighter] += weights[dataset]
     yield tuple(halves[0]), tuple(halves[1])
-
-
-def sample_at(samples: int, seed: int, positions: np.ndarray) -> np.ndarray:
-    """Indices [n] of the samples at `positions` [n] of one dataset, each epoch shuffled as a whole."""
-    places = Order([np.array([samples])], [1], seed, 1, samples, 1).at(positions)
-    return places.place

@@ -4,11 +4,22 @@ Shape legend: B pairs per rank, L text tokens, E embedding, P match pairs, H/W p
 """
 
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+
+class Identity(NamedTuple):
+    """Which picture and which caption each row holds, so that true pairs are known wherever they meet."""
+
+    image_id: Tensor  # [B] int64, equal for the same picture
+    text_id: Tensor  # [B] int64, equal for the same caption text
+    true_text_id: Tensor  # [B,C] int64, of all captions of the picture; repeated to fill the row
+
+    def rows(self, start: int, stop: int) -> "Identity":
+        return Identity(*(part[start:stop] for part in self))
 
 
 @dataclass
@@ -27,6 +38,16 @@ class Batch:
     keys: list[str]  # sample keys, for naming what went wrong
     extra: dict[str, list[Any]] = field(default_factory=dict)  # [B] decoded, by name: what `data.fields` asks for
 
+    @property
+    def identity(self) -> Identity:
+        return Identity(self.image_id, self.text_id, self.true_text_id)
+
+    def rows(self, start: int, stop: int) -> "Batch":
+        """Some of the rows: a micro-batch."""
+        values = {part.name: getattr(self, part.name) for part in fields(self) if part.name != "extra"}
+        extra = {name: column[start:stop] for name, column in self.extra.items()}
+        return Batch(**{name: value[start:stop] for name, value in values.items()}, extra=extra)
+
     def to(self, device: torch.device) -> "Batch":
         """Copy the tensors to `device` (asynchronously where they are pinned)."""
         values = {part.name: getattr(self, part.name) for part in fields(self)}
@@ -40,6 +61,8 @@ class ModelOutput:
     image_embed: Tensor  # [B,E] unit norm, float32 or better
     text_embed: Tensor  # [B,E] unit norm, float32 or better
     logit_scale: Tensor  # [1] the factor itself, already exponentiated and clamped
+    logit_bias: Tensor | None = None  # [1] added to every similarity, where the model has one (sigmoid loss)
+    identity: Identity | None = None  # of the B pairs
     match_logits: Tensor | None = None  # [P,2] columns: mismatch, match
     match_labels: Tensor | None = None  # [P] int64, 1 = a true pair
-    match_weight: Tensor | None = None  # [P] 0 = no negative could be drawn, the row does not count
+    match_weight: Tensor | None = None  # [P] sums to the world size over all pairs of all ranks; 0 = does not count

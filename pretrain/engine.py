@@ -123,6 +123,39 @@ def build_engine(model: nn.Module, config: EngineConfig, global_batch: int, worl
     return engine
 
 
+@contextlib.contextmanager
+def one_reduction(engine: Any) -> Iterator[None]:
+    """Every `engine.backward` within the block adds to the gradients of one step; ranks are averaged once, at its end."""
+    if engine.zero_optimization_stage():
+        with engine.coalesce_grad_reduction():
+            yield
+    else:  # which DeepSpeed's context refuses
+        with engine.no_sync():
+            yield
+        engine.allreduce_gradients()
+
+
+def apply_gradients(engine: Any) -> bool:
+    """Update the weights, unless a gradient is not finite: then drop the gradients. Returns whether weights were updated.
+
+    Every rank decides the same, because gradients are reduced by now. DeepSpeed itself does so in fp16 and at ZeRO 1 and
+    2, but not at ZeRO 3 nor without ZeRO.
+    """
+    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
+    if stage == 3 and not engine.fp16_enabled():
+        optimizer.check_overflow()
+        if optimizer.overflow:
+            optimizer._overflow_clean_up(optimizer.loss_scale)
+            return False
+    if stage == 0 and not engine.fp16_enabled():
+        gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
+        if not torch.stack([gradient.isfinite().all() for gradient in gradients]).all():
+            engine.zero_grad()
+            return False
+    engine.step()
+    return engine.was_step_applied()
+
+
 def set_learning_rate(engine: Any, rate: float) -> None:
     for group in engine.optimizer.param_groups:
         group["lr"] = rate

@@ -47,9 +47,9 @@ class Attention(nn.Module):
     sum alone can hardly say whether they agree, and matching then starts to learn much later.
     """
 
-    def __init__(self, width: int, context_width: int, heads: int, dropout: float, gated: bool = False):
+    def __init__(self, width: int, context_width: int, heads: int, gated: bool = False):
         super().__init__()
-        self.heads, self.dropout = heads, dropout
+        self.heads = heads
         self.query = nn.Linear(width, width)
         self.gate = nn.Linear(width, width) if gated else None
         self.key_value = nn.Linear(context_width, 2 * width)
@@ -58,13 +58,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
         query = self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         key, value = self.key_value(context).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=None if mask is None else mask[:, None, None, :],
-            dropout_p=self.dropout if self.training else 0.0,
-        )
+        mask = None if mask is None else mask[:, None, None, :]
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         attended = attended.transpose(1, 2).flatten(2)
         return self.out(attended if self.gate is None else attended * self.gate(x))
 
@@ -76,16 +71,17 @@ class CrossAttentionLayer(nn.Module):
         super().__init__()
         width, hidden = config.width, int(config.width * config.mlp_ratio)
         self.self_norm, self.cross_norm, self.mlp_norm = nn.LayerNorm(width), nn.LayerNorm(width), nn.LayerNorm(width)
-        self.self_attention = Attention(width, width, config.heads, config.dropout)
-        self.cross_attention = Attention(width, image_width, config.heads, config.dropout, gated=True)
+        self.self_attention = Attention(width, width, config.heads)
+        self.cross_attention = Attention(width, image_width, config.heads, gated=True)
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
-        self.residual = nn.Dropout(config.dropout)
+        # One each: a dropout's place in the model is what its masks are made from.
+        self.self_dropout, self.cross_dropout, self.mlp_dropout = (nn.Dropout(config.dropout) for _ in range(3))
 
     def forward(self, text: Tensor, text_mask: Tensor, image: Tensor) -> Tensor:
         y = self.self_norm(text)
-        text = text + self.residual(self.self_attention(y, y, text_mask))
-        text = text + self.residual(self.cross_attention(self.cross_norm(text), image))
-        return text + self.residual(self.mlp(self.mlp_norm(text)))
+        text = text + self.self_dropout(self.self_attention(y, y, text_mask))
+        text = text + self.cross_dropout(self.cross_attention(self.cross_norm(text), image))
+        return text + self.mlp_dropout(self.mlp(self.mlp_norm(text)))
 
 
 class CrossAttentionFusion(nn.Module):
@@ -95,7 +91,7 @@ class CrossAttentionFusion(nn.Module):
         self.enter = nn.Linear(text_width, config.width)
         self.layers = nn.ModuleList(CrossAttentionLayer(config, image_width) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width)
-        self.pool = Attention(config.width, config.width, config.heads, config.dropout)
+        self.pool = Attention(config.width, config.width, config.heads)
         initialise(self, config.layers)
 
     def forward(self, text: Tensor, text_mask: Tensor, image: Tensor) -> Fused:

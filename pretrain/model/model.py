@@ -1,6 +1,6 @@
 """The image-text model: two towers, and a fusion with a match head over true pairs and hard negatives.
 
-Shape legend: B pairs per rank, G = B x world, N image tokens, L text tokens, D width, E embedding, P = 3B match pairs.
+Shape legend: B pairs per rank, G = B x world, N image tokens, L text tokens, D width, E embedding, P match pairs.
 """
 
 import math
@@ -13,9 +13,9 @@ from pretrain.config import ConfigModel, Count, union_by_kind
 from pretrain.contract import Batch, ModelOutput
 from pretrain.data.text import TOKENIZERS, ClipTokenizerConfig, Tokenizer
 from pretrain.model.fusion import FUSIONS
-from pretrain.model.negatives import draw_negatives, find_true_pairs
+from pretrain.model.negatives import MatchPairs, MatchPlan, plan_matches
+from pretrain.model.noise import Noise, pair_keys, replace_dropouts, row_keys
 from pretrain.model.towers import IMAGE_TOWERS, TEXT_TOWERS, Tower, unit
-from pretrain.randomness import uniform
 from pretrain.world import World
 
 # The pixel statistics of CLIP's training data (OpenAI), which every open_clip and Hugging Face CLIP expects.
@@ -32,6 +32,7 @@ class ModelConfig(ConfigModel):
     fusion: union_by_kind(FUSIONS) | None = None  # none: contrastive only
     random_negatives: float = pydantic.Field(default=0.5, ge=0, le=1)  # share of the match negatives not drawn hard
     init_logit_scale: float = pydantic.Field(default=1 / 0.07, gt=0, le=MAX_LOGIT_SCALE)
+    init_logit_bias: float | None = None  # for losses.sigmoid, which SigLIP starts with scale 10, bias -10; none: no bias
 
 
 class LogitScale(nn.Module):
@@ -47,64 +48,96 @@ class LogitScale(nn.Module):
         return log_scale.clamp(max=math.log(MAX_LOGIT_SCALE)).exp()
 
 
+class LogitBias(nn.Module):
+    """What is added to the scaled similarities, learnt. A module of its own, for ZeRO-3 to gather. Shape [1]."""
+
+    def __init__(self, initial: float):
+        super().__init__()
+        self.bias = nn.Parameter(torch.tensor([initial]))
+
+    def forward(self) -> Tensor:
+        return self.bias if self.bias.dtype == torch.float64 else self.bias.float()
+
+
 class ImageTextModel(nn.Module):
     """`model(batch)` returns a `ModelOutput`. Every rank calls the same modules in the same order."""
 
     def __init__(self, config: ModelConfig, tokenizer: Tokenizer, seed: int = 0, world: World | None = None):
         super().__init__()
-        self.config, self.seed, self.world = config, seed, world or World()
+        self.config, self.seed, self.world, self.noise = config, seed, world or World(), Noise()
         self.image_tower = config.image.build(config.embed_dim, self.world)
         self.text_tower = config.text.build(config.embed_dim, tokenizer)
         self.logit_scale = LogitScale(config.init_logit_scale)
+        self.logit_bias = None if config.init_logit_bias is None else LogitBias(config.init_logit_bias)
         self.fusion = self.match_head = None
         if config.fusion:
             self.fusion = config.fusion.build(self.image_tower.width, self.text_tower.width)
             self.match_head = nn.Linear(self.fusion.width, 2)
+        replace_dropouts(self, self.noise)
 
-    def forward(self, batch: Batch) -> ModelOutput:
-        image, text = self.encode_image(batch.image), self.encode_text(batch.ids, batch.mask)
-        output = ModelOutput(unit(image.pooled), unit(text.pooled), self.logit_scale())
-        if self.fusion:
-            self.match(batch, image, text, output)
+    def forward(self, batch: Batch, match: bool = True, pairs: MatchPairs | None = None) -> ModelOutput:
+        """Embeddings of the batch, and the logits of its match pairs unless `match` is off.
+
+        Without `pairs`, negatives are drawn from these very embeddings, which then have to be the rank's whole batch; a
+        micro-batch is given the `pairs` that were drawn for it.
+        """
+        keys = self.sample_keys(torch.from_numpy(batch.position).to(batch.image.device))
+        image, text = self.encode_image(batch.image, keys), self.encode_text(batch.ids, batch.mask, keys)
+        output = ModelOutput(
+            unit(image.pooled),
+            unit(text.pooled),
+            self.logit_scale(),
+            self.logit_bias() if self.logit_bias else None,
+            batch.identity,
+        )
+        if self.fusion and match:
+            size = len(batch.image)
+            pairs = pairs or self.plan(batch, output).pairs(0, size, size)
+            self.match(batch, image, text, keys, pairs, output)
         return output
 
-    def encode_image(self, image: Tensor) -> Tower:
-        """[B,3,H,W] uint8 -> tokens [B,N,D], pooled [B,E] (not yet of unit norm)."""
-        return self.image_tower(normalise(image).to(self.logit_scale.log_scale.dtype))  # the parameters' precision
+    def encode_image(self, image: Tensor, keys: Tensor | None = None) -> Tower:
+        """[B,3,H,W] uint8 -> tokens [B,N,D], pooled [B,E] (not yet of unit norm); `keys` [B] for dropout in training."""
+        with self.noise.using(keys):
+            return self.image_tower(normalise(image).to(self.logit_scale.log_scale.dtype))  # the parameters' precision
 
-    def encode_text(self, ids: Tensor, mask: Tensor) -> Tower:
-        """[B,L] ids and mask -> tokens [B,L,D], pooled [B,E] (not yet of unit norm)."""
-        return self.text_tower(ids, mask)
+    def encode_text(self, ids: Tensor, mask: Tensor, keys: Tensor | None = None) -> Tower:
+        """[B,L] ids and mask -> tokens [B,L,D], pooled [B,E] (not yet of unit norm); `keys` [B] for dropout in training."""
+        with self.noise.using(keys):
+            return self.text_tower(ids, mask)
 
-    def match_pairs(self, text: Tensor, text_mask: Tensor, image: Tensor) -> Tensor:
+    def match_pairs(self, text: Tensor, text_mask: Tensor, image: Tensor, keys: Tensor | None = None) -> Tensor:
         """Match logits [P,2] (mismatch, match) of text tokens [P,L,D] with image tokens [P,N,D], pair by pair."""
-        logits = self.match_head(self.fusion(text, text_mask, image).pooled)
+        with self.noise.using(keys):
+            logits = self.match_head(self.fusion(text, text_mask, image).pooled)
         return logits if logits.dtype == torch.float64 else logits.float()
 
-    def match(self, batch: Batch, image: Tower, text: Tower, output: ModelOutput) -> None:
-        """Fill in the match part: each own pair, each own image with a hard text, each own text with a hard image."""
-        world, seed, share = self.world, self.seed, self.config.random_negatives
-        with torch.no_grad():
-            image_pairs, text_pairs = find_true_pairs(batch, world)
-            draws = [
-                torch.from_numpy(uniform(seed, purpose, batch.position)).to(batch.image.device)
-                for purpose in ("hard text", "hard image")
-            ]
-            text_scores = output.logit_scale * output.image_embed @ world.all_gather(output.text_embed).T
-            image_scores = output.logit_scale * output.text_embed @ world.all_gather(output.image_embed).T
-            hard_text, has_text = draw_negatives(text_scores, image_pairs, draws[0], share)
-            hard_image, has_image = draw_negatives(image_scores, text_pairs, draws[1], share)
+    def sample_keys(self, position: Tensor) -> Tensor:
+        """What dropout knows samples [B] by, in all towers."""
+        return row_keys(self.seed, position)
 
-        all_image, all_text = world.all_gather(image.tokens), world.all_gather(text.tokens)
-        all_mask = world.all_gather(batch.mask)
+    def plan(self, batch: Batch, output: ModelOutput) -> MatchPlan:
+        """Draw the negatives of the global batch, of which `batch` and `output` are this rank's whole part. Collective."""
+        embeddings = (output.image_embed, output.text_embed, output.logit_scale)
+        return plan_matches(batch, *embeddings, self.seed, self.config.random_negatives, self.world)
+
+    def match(
+        self, batch: Batch, image: Tower, text: Tower, keys: Tensor, pairs: MatchPairs, output: ModelOutput
+    ) -> None:
+        """Fill in the match part: the texts that are not of these images are encoded here, beside the images."""
+        text_keys = self.sample_keys(pairs.text_position)
+        if pairs.all_own:
+            others = text.tokens[pairs.text]
+        else:
+            others = self.encode_text(pairs.ids, pairs.mask, text_keys).tokens
         output.match_logits = self.match_pairs(
-            torch.cat([text.tokens, all_text[hard_text], text.tokens]),
-            torch.cat([batch.mask, all_mask[hard_text], batch.mask]),
-            torch.cat([image.tokens, image.tokens, all_image[hard_image]]),
+            torch.cat([text.tokens, others]),
+            torch.cat([batch.mask, pairs.mask]),
+            image.tokens[pairs.image],
+            pair_keys(keys[pairs.image], torch.cat([keys, text_keys])),
         )
-        ones = torch.ones_like(has_text)
-        output.match_labels = torch.cat([ones, ~ones, ~ones]).long()
-        output.match_weight = torch.cat([ones, has_text, has_image]).to(output.match_logits.dtype)
+        output.match_labels = pairs.labels
+        output.match_weight = pairs.weight.to(output.match_logits.dtype)
 
 
 def normalise(image: Tensor) -> Tensor:

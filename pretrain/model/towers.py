@@ -231,7 +231,7 @@ class Bert(nn.Module):
             intermediate_size=int(config.width * config.mlp_ratio),
             max_position_embeddings=config.context_length,
             hidden_dropout_prob=config.dropout,
-            attention_probs_dropout_prob=config.dropout,
+            attention_probs_dropout_prob=0.0,  # fused attention cannot drop by position; see pretrain.model.noise
         )
         self.inner = transformers.BertModel(settings)  # its pooler is kept: VisionTextDualEncoderModel projects that
         self.projection = nn.Linear(config.width, embed_dim, bias=False)

@@ -1,10 +1,9 @@
-from types import SimpleNamespace
-
 import numpy as np
 import torch
 from ranks import run_on_ranks
 
-from pretrain.model.negatives import draw_negatives, find_true_pairs
+from pretrain.contract import Identity
+from pretrain.model.negatives import draw_negatives, find_true_pairs, gather_identity
 from pretrain.randomness import uniform
 from pretrain.world import World
 
@@ -15,12 +14,12 @@ PAIRS = [(1, 7, [7, 8]), (1, 8, [8, 7]), (2, 9, [9, 5]), (3, 6, [6, 9, 4]), (4, 
 def true_pairs_of(world: World) -> tuple[list, list]:
     own = PAIRS[world.rank :: world.size]
     longest = max(len(captions) for _, _, captions in own)
-    batch = SimpleNamespace(
+    own_identity = Identity(
         image_id=torch.tensor([image for image, _, _ in own]),
         text_id=torch.tensor([text for _, text, _ in own]),
         true_text_id=torch.tensor([row + row[:1] * (longest - len(row)) for _, _, row in own]),
     )
-    return tuple(found.tolist() for found in find_true_pairs(batch, world))
+    return tuple(found.tolist() for found in find_true_pairs(own_identity, gather_identity(own_identity, world)))
 
 
 def test_true_pairs_are_same_pictures_and_any_of_their_captions() -> None:

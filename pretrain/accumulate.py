@@ -1,0 +1,131 @@
+"""The gradients of one step, the same however the batch is cut into micro-batches, and what to do with bad ones.
+
+Shape legend: B pairs of this rank, M of a micro-batch, E embedding.
+"""
+
+import dataclasses
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_tools.errors import UserError
+from pretrain.contract import Batch, ModelOutput
+from pretrain.engine import one_reduction
+from pretrain.losses import EMBEDDING_LOSSES, PAIR_LOSSES, LossesConfig, compute_losses
+from pretrain.world import World
+
+log = logging.getLogger(__name__)
+
+
+def compute_gradients(
+    engine: Any, batch: Batch, config: LossesConfig, step: int, micro_batch_size: int | None, world: World
+) -> tuple[dict[str, Tensor], ModelOutput]:
+    """Losses and gradients of one step. Collective.
+
+    With micro-batches it is two passes. The first keeps only embeddings; the losses over all of them give each embedding
+    its gradient, and the draws of negatives. The second replays one micro-batch after another, dropout included, and
+    carries those gradients and the pair losses back. The gradient is that of the whole batch, at the memory of one
+    micro-batch and the price of one more forward. Source: GradCache, arXiv:2101.06983.
+
+    Returns: this rank's part of each loss and their `total`, and its embeddings [B,E].
+    """
+    rows = len(batch.image)
+    if micro_batch_size is None or micro_batch_size >= rows:
+        output = engine(batch)
+        losses = compute_losses(config, output, world, step)
+        engine.backward(infect(losses["total"], output))
+        return losses, output
+
+    starts = range(0, rows, micro_batch_size)
+    with torch.no_grad():
+        parts = [engine(batch.rows(start, start + micro_batch_size), match=False) for start in starts]
+    whole = dataclasses.replace(
+        parts[0],
+        image_embed=torch.cat([part.image_embed for part in parts]).requires_grad_(),
+        text_embed=torch.cat([part.text_embed for part in parts]).requires_grad_(),
+        logit_scale=parts[0].logit_scale.requires_grad_(),
+        logit_bias=None if parts[0].logit_bias is None else parts[0].logit_bias.requires_grad_(),
+        identity=batch.identity,
+    )
+    losses = compute_losses(config, whole, world, step, EMBEDDING_LOSSES)
+    if losses["total"].requires_grad:
+        losses["total"].backward()
+    plan = engine.module.plan(batch, whole) if config.matching else None
+    with one_reduction(engine):
+        for start in starts:
+            stop = start + micro_batch_size
+            pairs = plan.pairs(start, stop, rows) if plan else None
+            output = engine(batch.rows(start, stop), match=plan is not None, pairs=pairs)
+            pair_losses = compute_losses(config, output, world, step, PAIR_LOSSES)
+            carried = carry_back(whole, output, start, stop)
+            engine.backward(infect(pair_losses["total"] + carried, output))
+            for name, value in pair_losses.items():
+                losses[name] = losses.get(name, 0) + value.detach()
+    return losses, whole
+
+
+def carry_back(whole: ModelOutput, output: ModelOutput, start: int, stop: int) -> Tensor:
+    """A scalar whose gradients by the micro-batch's embeddings are those that the whole batch's losses have given them.
+
+    The logit scale and bias are in every micro-batch's graph: each carries its share of their gradient.
+    """
+    share = (stop - start) / len(whole.image_embed)
+    pairs = [
+        (output.image_embed, whole.image_embed.grad, slice(start, stop), 1),
+        (output.text_embed, whole.text_embed.grad, slice(start, stop), 1),
+        (output.logit_scale, whole.logit_scale.grad, slice(None), share),
+    ]
+    if whole.logit_bias is not None:
+        pairs.append((output.logit_bias, whole.logit_bias.grad, slice(None), share))
+    carried = [
+        (value * gradient[rows] * part).sum() for value, gradient, rows, part in pairs if gradient is not None
+    ]
+    return sum(carried, start=output.logit_scale.new_zeros(()))
+
+
+def infect(total: Tensor, output: ModelOutput) -> Tensor:
+    """`total`, with a gradient that is not finite wherever the loss is not: an infinite loss may have finite gradients,
+    and the reduction of gradients is how the other ranks hear of it."""
+    return total + (total.detach() * 0 * output.logit_scale).sum()
+
+
+class BadSteps:
+    """Counts steps that were skipped because a loss or gradient was not finite, names their samples, and gives up in time.
+
+    Such gradients reach every rank in the reduction, so every rank skips the same steps without asking.
+    """
+
+    def __init__(self, limit: int, precision: str, world: World):
+        self.limit, self.precision, self.world = limit, precision, world
+        self.total = self.in_a_row = 0
+
+    def check(self, step: int, applied: bool, batch: Batch, losses: dict[str, Tensor], output: ModelOutput) -> None:
+        """Take note of a step. Collective where it was not applied. Raises UserError after `limit` bad steps in a row."""
+        if applied:
+            self.in_a_row = 0
+            return
+        found = self.world.gather_objects(find_bad_keys(batch, losses, output))
+        if self.precision == "fp16" and not any(found):
+            return  # the loss scale was too large; DeepSpeed has made it smaller
+        self.total += 1
+        self.in_a_row += 1
+        places = [f"rank {rank}: {', '.join(keys)}" for rank, keys in enumerate(found) if keys]
+        where = "; ".join(places) or "the losses are finite, the gradients are not"
+        if self.in_a_row >= self.limit:
+            raise UserError(
+                f"step {step}: loss or gradients not finite, for {self.in_a_row} steps in a row ({where}). Lower engine.lr, "
+                "use precision bf16 or fp32, or look at these samples; the last checkpoint is from before or between them"
+            )
+        if self.world.is_main:
+            log.warning("step %d: loss or gradients not finite, step skipped (%s)", step, where)
+
+
+def find_bad_keys(batch: Batch, losses: dict[str, Tensor], output: ModelOutput, most: int = 8) -> list[str]:
+    """This rank's samples to blame, at most `most`: those whose embeddings are not finite, or all if a loss is not."""
+    bad = ~(output.image_embed.isfinite().all(1) & output.text_embed.isfinite().all(1))
+    if not bad.any() and not torch.stack([loss.reshape(()) for loss in losses.values()]).isfinite().all():
+        bad = torch.ones_like(bad)
+    keys = [batch.keys[row] for row in bad.nonzero()[:, 0].tolist()]
+    return keys[:most] + ([f"and {len(keys) - most} more"] if len(keys) > most else [])

@@ -1,0 +1,126 @@
+"""Dropout and patch dropout as a function of (seed, sample, place in the model), not of how a batch is laid out.
+
+Torch draws masks from a generator, so what a sample meets depends on its row, its micro-batch and its rank. Here a mask is
+a hash of the row's key, the module's name and the element's index: micro-batches and ranks change nothing, a second
+forward of the same sample meets the same masks, and there is no generator state to save.
+
+Shape legend: B rows of whatever a module is given (images, texts or match pairs), N tokens, D width.
+"""
+
+import contextlib
+import zlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+# SplitMix64's constants (Steele et al. 2014) as the signed numbers that torch's int64 arithmetic wraps around.
+_GAMMA, _FIRST, _SECOND = (
+    constant - 2**64 for constant in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+)
+
+
+def mix(value: Tensor) -> Tensor:
+    """A bijection of int64 that looks random: the finaliser of SplitMix64."""
+    value = (value ^ (value >> 30 & 2**34 - 1)) * _FIRST  # `>>` copies the sign; the mask makes it a shift of bits
+    value = (value ^ (value >> 27 & 2**37 - 1)) * _SECOND
+    return value ^ (value >> 31 & 2**33 - 1)
+
+
+def row_keys(seed: int, position: Tensor) -> Tensor:
+    """The keys [B] of samples at these positions [B] int64 of the run's order."""
+    return mix(mix(torch.full_like(position, seed) + _GAMMA) + position * _GAMMA)
+
+
+def pair_keys(image_keys: Tensor, text_keys: Tensor) -> Tensor:
+    """The keys [P] of pairs of an image and a text, each given by its sample's key [P]."""
+    return mix(image_keys + mix(text_keys + _GAMMA))
+
+
+class Noise:
+    """The keys of the rows that are in the forward now: whoever calls a module that drops sets them first."""
+
+    def __init__(self) -> None:
+        self.keys: Tensor | None = None
+
+    def hashes(self, module_number: int, elements: int) -> Tensor:
+        """[B,elements] int64, even over all int64s: one hash for each element of each row at this place in the model."""
+        if self.keys is None:
+            raise RuntimeError("dropout in training needs the keys of its rows; call the model with `keys`")
+        keys = mix(self.keys + module_number * _GAMMA)
+        numbers = mix(torch.arange(elements, device=keys.device) * _GAMMA)
+        # Both are well mixed already. What is left is to break the linear structure of their sum, once an element.
+        return (keys[:, None] ^ numbers) * _FIRST
+
+    @contextlib.contextmanager
+    def using(self, keys: Tensor | None) -> Iterator[None]:
+        """Within the block the rows are these."""
+        before, self.keys = self.keys, keys
+        try:
+            yield
+        finally:
+            self.keys = before
+
+    def checkpoint_contexts(self) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
+        """`context_fn` of torch.utils.checkpoint: the recomputation, in the backward pass, drops what the forward dropped."""
+        return contextlib.nullcontext(), self.using(self.keys)
+
+
+class PositionDropout(nn.Module):
+    """nn.Dropout with masks of `noise`. Elements are counted within a row, so rows of one length meet the same masks."""
+
+    def __init__(self, share: float, noise: Noise, module_number: int):
+        super().__init__()
+        self.share, self.noise, self.module_number = share, noise, module_number
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B,...] -> the same shape, a `share` of it zero and the rest scaled up."""
+        if not self.training:
+            return x
+        hashes = self.noise.hashes(self.module_number, x[0].numel())
+        dropped = hashes < int((self.share - 0.5) * 2.0**64)
+        return x.masked_fill(dropped.view(x.shape), 0) * (1 / (1 - self.share))
+
+    def extra_repr(self) -> str:
+        return f"share={self.share}"
+
+
+class PositionPatchDropout(nn.Module):
+    """open_clip's PatchDropout with draws of `noise`: a random subset of the patches, the first token always."""
+
+    def __init__(self, share: float, noise: Noise, module_number: int):
+        super().__init__()
+        self.share, self.noise, self.module_number = share, noise, module_number
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B,1+N,D] -> [B,1+kept,D] with kept = max(1, int(N (1 - share))). Source: FLIP, arXiv:2212.00794."""
+        if not self.training:
+            return x
+        return torch.cat([x[:, :1], drop_patches(x[:, 1:], self.share, self.noise, self.module_number)], dim=1)
+
+    def extra_repr(self) -> str:
+        return f"share={self.share}"
+
+
+def drop_patches(tokens: Tensor, share: float, noise: Noise, module_number: int) -> Tensor:
+    """Keep max(1, int(N (1 - share))) of the tokens [B,N,D], each subset equally likely, in their order."""
+    count = tokens.shape[1]
+    order = noise.hashes(module_number, count).topk(max(1, int(count * (1 - share))), dim=1).indices
+    return tokens.gather(1, order.sort(dim=1).values[..., None].expand(-1, -1, tokens.shape[2]))
+
+
+def replace_dropouts(model: nn.Module, noise: Noise) -> None:
+    """Swap every nn.Dropout and open_clip PatchDropout below `model` for ours, in place; each place has its own masks.
+
+    A module is known by its name in `model`. Dropouts of share 0 stay: they draw nothing. Attention probabilities inside
+    fused kernels cannot be dropped by position, so towers and fusions configure those to 0.
+    """
+    for name, child in list(model.named_modules()):
+        if isinstance(child, nn.Dropout) and child.p > 0:
+            replacement = PositionDropout(child.p, noise, zlib.crc32(name.encode()))
+        elif type(child).__name__ == "PatchDropout" and child.prob > 0:
+            replacement = PositionPatchDropout(child.prob, noise, zlib.crc32(name.encode()))
+        else:
+            continue
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, replacement.train(child.training))

@@ -3,7 +3,6 @@
 Shape legend: B pairs of this rank, M of a micro-batch, E embedding.
 """
 
-import dataclasses
 import logging
 from typing import Any
 
@@ -41,12 +40,12 @@ def compute_gradients(
     starts = range(0, rows, micro_batch_size)
     with torch.no_grad():
         parts = [engine(batch.rows(start, start + micro_batch_size), match=False) for start in starts]
-    whole = dataclasses.replace(
-        parts[0],
+    bias = parts[0].logit_bias
+    whole = ModelOutput(
         image_embed=torch.cat([part.image_embed for part in parts]).requires_grad_(),
         text_embed=torch.cat([part.text_embed for part in parts]).requires_grad_(),
-        logit_scale=parts[0].logit_scale.requires_grad_(),
-        logit_bias=None if parts[0].logit_bias is None else parts[0].logit_bias.requires_grad_(),
+        logit_scale=parts[0].logit_scale.detach().requires_grad_(),
+        logit_bias=None if bias is None else bias.detach().requires_grad_(),  # without detach: the parameter itself
         identity=batch.identity,
     )
     losses = compute_losses(config, whole, world, step, EMBEDDING_LOSSES)

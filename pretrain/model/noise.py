@@ -47,7 +47,7 @@ class Noise:
         """[B,elements] int64, even over all int64s: one hash for each element of each row at this place in the model."""
         if self.keys is None:
             raise RuntimeError("dropout in training needs the keys of its rows; call the model with `keys`")
-        keys = mix(self.keys + module_number * _GAMMA)
+        keys = mix(self.keys ^ module_number)
         numbers = mix(torch.arange(elements, device=keys.device) * _GAMMA)
         # Both are well mixed already. What is left is to break the linear structure of their sum, once an element.
         return (keys[:, None] ^ numbers) * _FIRST

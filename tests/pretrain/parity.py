@@ -1,37 +1,63 @@
 """What one rank computes in the parity tests: importable, so that spawned processes can run it."""
 
+import contextlib
+from typing import NamedTuple
+
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from pretrain.accumulate import compute_gradients
 from pretrain.config import check_config
-from pretrain.contract import Batch
+from pretrain.contract import Batch, ModelOutput
 from pretrain.data.text import ClipTokenizerConfig, Tokenizer
 from pretrain.engine import EngineConfig, build_engine, learning_rate, set_learning_rate
-from pretrain.losses import LossesConfig, MatchingConfig, compute_losses
+from pretrain.losses import ContrastiveConfig, LossesConfig, MatchingConfig, SigmoidConfig, compute_losses
 from pretrain.model.model import ModelConfig, build_model
+from pretrain.model.negatives import find_true_pairs, gather_identity
+from pretrain.model.noise import pair_keys
 from pretrain.world import World
 
-GLOBAL_BATCH = 8
+GLOBAL_BATCH = 16
 VOCAB_SIZE = 49408
 TOKENIZER = Tokenizer(ClipTokenizerConfig(), VOCAB_SIZE, 12, None, end_id=VOCAB_SIZE - 1)
 LOSSES = LossesConfig(matching=MatchingConfig())
+# Blocks of 5 and 3 columns: several even for one rank, and the last one short.
+ALL_LOSSES = LossesConfig(
+    contrastive=ContrastiveConfig(chunk=5, label_smoothing=0.1, positives="soft"),
+    sigmoid=SigmoidConfig(chunk=3, positives="masked", weight=0.3),
+    matching=MatchingConfig(weight=2.0),
+)
+VIT = {"kind": "vit", "image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16}
 IMAGE_TOWERS = {
-    "vit": {"kind": "vit", "image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16},
+    "vit": VIT,
+    "vit_dropping": {**VIT, "patch_dropout": 0.25},
     "resnet": {"kind": "resnet", "image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 32},
 }
+BERT = {"kind": "bert", "context_length": 12, "width": 32, "heads": 2, "layers": 2, "dropout": 0.0}
 TEXT_TOWERS = {
     "clip": {"kind": "clip", "context_length": 12, "width": 32, "heads": 2, "layers": 2},
-    "bert": {"kind": "bert", "context_length": 12, "width": 32, "heads": 2, "layers": 2, "dropout": 0.0},
+    "bert": BERT,
+    "bert_dropping": {**BERT, "dropout": 0.2},
 }
+CROSS = {"kind": "cross", "width": 32, "layers": 1, "heads": 2}
+FUSIONS = {"cross": CROSS, "cross_dropping": {**CROSS, "dropout": 0.2}}
 
 
-def model_config(image: str, text: str) -> ModelConfig:
+class Case(NamedTuple):
+    image: str = "vit_dropping"
+    text: str = "bert_dropping"
+    fusion: str = "cross_dropping"
+    losses: LossesConfig = ALL_LOSSES
+
+
+def model_config(image: str, text: str, fusion: str = "cross") -> ModelConfig:
     values = {
         "embed_dim": 16,
         "image": IMAGE_TOWERS[image],
         "text": TEXT_TOWERS[text],
-        "fusion": {"kind": "cross", "width": 32, "layers": 1, "heads": 2},
+        "fusion": FUSIONS[fusion],
+        "init_logit_bias": -3.0,
     }
     return check_config(values, ModelConfig, "test")
 
@@ -60,20 +86,102 @@ def make_batch(config: ModelConfig, step: int, world: World) -> Batch:
     )
 
 
-def losses_and_gradients(world: World, image: str, text: str) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+class PlainEngine:
+    """What a step asks of DeepSpeed's engine, in plain PyTorch: gradients stay in `p.grad`, averaged by whoever reads."""
+
+    def __init__(self, model: torch.nn.Module):
+        self.module = model
+        self.no_sync = contextlib.nullcontext
+
+    def __call__(self, *arguments, **options):
+        return self.module(*arguments, **options)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
+    def zero_optimization_stage(self) -> int:
+        return 0
+
+    def allreduce_gradients(self) -> None:
+        pass
+
+
+def losses_and_gradients(world: World, case: Case, micro_batches: int) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Losses and every parameter's gradient in float64, each averaged over the ranks."""
-    config = model_config(image, text)
+    config = model_config(case.image, case.text, case.fusion)
     model = build_model(config, TOKENIZER, 0, world).double().train()
-    losses = compute_losses(LOSSES, model(make_batch(config, 0, world)), world)
-    losses["total"].backward()
+    size = GLOBAL_BATCH // world.size // micro_batches
+    losses, _ = compute_gradients(PlainEngine(model), make_batch(config, 0, world), case.losses, 0, size, world)
+    return averages(world, model, losses)
+
+
+def averages(world: World, model: torch.nn.Module, losses: dict[str, torch.Tensor]) -> tuple[dict, dict]:
     means = {name: world.mean(loss).item() for name, loss in losses.items()}
     gradients = {name: world.mean(p.grad).numpy() for name, p in model.named_parameters() if p.grad is not None}
     buffers = {name: buffer.numpy() for name, buffer in model.named_buffers() if "running" in name}
     return means, gradients | buffers
 
 
-def all_losses_and_gradients(world: World, cases: list[tuple[str, str]]) -> list:
-    return [losses_and_gradients(world, *case) for case in cases]
+def all_losses_and_gradients(world: World, cases: list[tuple[Case, int]]) -> list:
+    return [losses_and_gradients(world, *case) for case in cases] + [gather_tokens(world, Case())]
+
+
+def gather_tokens(world: World, case: Case) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """The reference: all tokens and embeddings gathered, as BLIP-2 does, and the losses written with whole matrices."""
+    config = model_config(case.image, case.text, case.fusion)
+    model = build_model(config, TOKENIZER, 0, world).double().train()
+    batch = make_batch(config, 0, world)
+    output = model(batch, match=False)
+    keys = model.sample_keys(torch.from_numpy(batch.position))
+    image, text = model.encode_image(batch.image, keys), model.encode_text(batch.ids, batch.mask, keys)
+    images, texts, masks, all_keys = map(world.all_gather, (image.tokens, text.tokens, batch.mask, keys))
+    plan = model.plan(batch, output)
+    own = np.arange(len(keys)) + world.rank * len(keys)
+    image_rows = np.concatenate([own, own, plan.hard_image[own]])
+    text_rows = np.concatenate([own, plan.hard_text[own], own])
+    assert (image_rows >= 0).all() and (text_rows >= 0).all()
+    logits = model.match_pairs(
+        texts[text_rows], masks[text_rows], images[image_rows], pair_keys(all_keys[image_rows], all_keys[text_rows])
+    )
+    labels = torch.tensor([1] * len(own) + [0] * 2 * len(own))
+    losses = {
+        "contrastive": dense_contrastive(output, world, 0.1, "soft"),
+        "sigmoid": dense_sigmoid(output, world, "masked"),
+        "matching": torch.nn.functional.cross_entropy(logits, labels),
+    }
+    losses["total"] = losses["contrastive"] + 0.3 * losses["sigmoid"] + 2.0 * losses["matching"]
+    losses["total"].backward()
+    return averages(world, model, losses)
+
+
+def dense_contrastive(output: ModelOutput, world: World, smoothing: float, positives: str) -> torch.Tensor:
+    """The contrastive loss with its matrices of [B,G] targets and similarities."""
+    total = 0
+    pairs = find_true_pairs(output.identity, gather_identity(output.identity, world))
+    sides = [(output.image_embed, output.text_embed), (output.text_embed, output.image_embed)]
+    for (rows, partners), true in zip(sides, pairs, strict=True):
+        scores = output.logit_scale * rows @ world.all_gather(partners).T
+        own = torch.zeros_like(true)
+        own[torch.arange(len(rows)), torch.arange(len(rows)) + world.rank * len(rows)] = True
+        counted = own | ~true if positives == "masked" else torch.ones_like(true)
+        positive = true if positives == "soft" else own
+        target = (1 - smoothing) * positive.double() / positive.sum(1, keepdim=True)
+        target = target + smoothing * counted.double() / counted.sum(1, keepdim=True)
+        logs = scores.masked_fill(~counted, -1e30).log_softmax(1)
+        total = total - (target * logs).sum(1).mean() / 2
+    return total
+
+
+def dense_sigmoid(output: ModelOutput, world: World, positives: str) -> torch.Tensor:
+    scores = output.logit_scale * output.image_embed @ world.all_gather(output.text_embed).T + output.logit_bias
+    true = find_true_pairs(output.identity, gather_identity(output.identity, world))[0]
+    own = torch.zeros_like(true)
+    rows = torch.arange(len(true))
+    own[rows, rows + world.rank * len(true)] = True
+    positive = true if positives == "soft" else own
+    counted = own | ~true if positives == "masked" else torch.ones_like(true)
+    losses = torch.nn.functional.binary_cross_entropy_with_logits(scores, positive.to(scores.dtype), reduction="none")
+    return (losses * counted).sum() / len(true)
 
 
 def contrastive_of_both(world: World) -> dict[str, tuple[float, np.ndarray, np.ndarray, np.ndarray]]:

@@ -7,7 +7,8 @@ from ranks import run_on_ranks
 
 from pretrain.world import World
 
-CASES = [("vit", "clip"), ("vit", "bert"), ("resnet", "clip")]
+# Batch normalisation is over what is computed at once, so this tower's batch is never cut into micro-batches.
+CASES = [(parity.Case("resnet", "clip", "cross", parity.LOSSES), 1)]
 
 
 @pytest.fixture(scope="module")
@@ -15,7 +16,7 @@ def on_two_ranks() -> list:
     return run_on_ranks(parity.all_losses_and_gradients, 2, CASES)[0]
 
 
-@pytest.mark.parametrize("case", range(len(CASES)), ids=["-".join(case) for case in CASES])
+@pytest.mark.parametrize("case", range(len(CASES)), ids=[case.image for case, _ in CASES])
 def test_two_ranks_equal_one(on_two_ranks: list, case: int) -> None:
     losses, gradients = on_two_ranks[case]
     expected_losses, expected_gradients = parity.losses_and_gradients(World(), *CASES[case])

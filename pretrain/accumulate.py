@@ -78,9 +78,7 @@ def carry_back(whole: ModelOutput, output: ModelOutput, start: int, stop: int) -
     ]
     if whole.logit_bias is not None:
         pairs.append((output.logit_bias, whole.logit_bias.grad, slice(None), share))
-    carried = [
-        (value * gradient[rows] * part).sum() for value, gradient, rows, part in pairs if gradient is not None
-    ]
+    carried = [(value * gradient[rows] * part).sum() for value, gradient, rows, part in pairs if gradient is not None]
     return sum(carried, start=output.logit_scale.new_zeros(()))
 
 

@@ -11,7 +11,8 @@ Shape legend: B pairs per rank, G = B x world, E embedding, P match pairs.
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Annotated, Literal
+from functools import partial
+from typing import Any, Literal
 
 import pydantic
 import torch
@@ -20,52 +21,56 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from pretrain.config import ConfigModel, Count
-from pretrain.contract import Identity, ModelOutput
+from pretrain.contract import ModelOutput
 from pretrain.model.negatives import find_true_pairs, gather_identity
 from pretrain.world import World
 
 
-class WeightSchedule(ConfigModel):
-    """A weight that goes from `start` to `end` over the first `steps` steps, and stays there."""
+class Ramp(ConfigModel):
+    """The way of a weight from `start` in step 0 to its full value in step `steps`."""
 
-    start: float = pydantic.Field(ge=0)
-    end: float = pydantic.Field(ge=0)
+    start: float = pydantic.Field(default=0.0, ge=0)
     steps: Count
     shape: Literal["linear", "cosine"] = "linear"
 
-    def at(self, step: int) -> float:
-        progress = min(1.0, step / self.steps)
-        if self.shape == "cosine":
+
+class LossConfig(ConfigModel):
+    """What every loss has."""
+
+    weight: float = pydantic.Field(default=1.0, ge=0)  # in the sum
+    ramp: Ramp | None = None  # none: this weight from the start
+
+    def weight_at(self, step: int) -> float:
+        """The weight in step `step`, counted from 0."""
+        if self.ramp is None or step >= self.ramp.steps:
+            return self.weight
+        progress = step / self.ramp.steps
+        if self.ramp.shape == "cosine":
             progress = (1 - math.cos(math.pi * progress)) / 2
-        return self.start + (self.end - self.start) * progress
+        return self.ramp.start + (self.weight - self.ramp.start) * progress
 
 
-Weight = Annotated[float, pydantic.Field(ge=0)] | WeightSchedule
-
-
-class ContrastiveConfig(ConfigModel):
+class ContrastiveConfig(LossConfig):
     """Softmax cross-entropy over all texts for each image, and over all images for each text (InfoNCE, CLIP).
 
     `positives` says what the other true pairs are (the same picture drawn twice, or a caption that is also its own):
     `own`: negatives like any other; `soft`: positives, all with the same share; `masked`: left out.
     """
 
-    weight: Weight = 1.0
     chunk: Count = 8192  # columns of similarities held at a time
     label_smoothing: float = pydantic.Field(default=0.0, ge=0, lt=1)
     positives: Literal["own", "soft", "masked"] = "own"
 
 
-class SigmoidConfig(ConfigModel):
+class SigmoidConfig(LossConfig):
     """A yes or no for every image with every text (SigLIP). `positives` as in `contrastive`."""
 
-    weight: Weight = 1.0
     chunk: Count = 8192  # columns of similarities held at a time
     positives: Literal["own", "soft", "masked"] = "own"
 
 
-class MatchingConfig(ConfigModel):
-    weight: Weight = 1.0
+class MatchingConfig(LossConfig):
+    """Whether an image and a text belong together, told from their fused tokens, for true pairs and hard negatives."""
 
 
 class LossesConfig(ConfigModel):
@@ -105,29 +110,29 @@ def softmax_loss(
           [B,stop-start] bool, the true pairs beside it (None: they do not matter).
     """
 
-    def sums(rows: Tensor, columns: Tensor, scale: Tensor, others: Tensor | None) -> Tensor:
-        """[3,B]: log of the sum of exponentials, the sum of the other positives, the sum of all that count."""
+    def sums(rows: Tensor, columns: Tensor, scale: Tensor, start: int) -> Tensor:
+        """[4,B]: log of the sum of exponentials, the sum of all that count, and the other true pairs' sum and number."""
         scores = scale * rows @ columns.T
-        if others is None:
-            return torch.stack([scores.logsumexp(1), torch.zeros_like(scores[:, 0]), scores.sum(1)])
-        positive = scores.masked_fill(~others, 0).sum(1)
-        if config.positives == "soft":
-            return torch.stack([scores.logsumexp(1), positive, scores.sum(1)])
-        left = scores.masked_fill(others, -math.inf).logsumexp(1)
-        return torch.stack([left, positive, scores.masked_fill(others, 0).sum(1)])
+        other = others(start, start + len(columns))
+        if other is None:
+            nothing = torch.zeros_like(scores[:, 0])
+            return torch.stack([scores.logsumexp(1), scores.sum(1), nothing, nothing])
+        other_sum, other_count = scores.masked_fill(~other, 0).sum(1), other.sum(1, dtype=scores.dtype)
+        if config.positives == "masked":
+            scores, all_sum = scores.masked_fill(other, -math.inf), scores.masked_fill(other, 0).sum(1)
+        else:
+            all_sum = scores.sum(1)
+        return torch.stack([scores.logsumexp(1), all_sum, other_sum, other_count])
 
-    parts, other_count = [], torch.zeros_like(own)
-    for start, stop, block in blocks(columns, config.chunk):
-        other = others(start, stop)
-        parts.append(recompute(sums, rows, block, scale, other, needed=stop - start < len(columns)))
-        other_count += 0 if other is None else other.sum(1)
-    log_sums, positive, everything = torch.stack(parts).unbind(1)
-    everything, counted = everything.sum(0), len(columns)
+    parts = [compute(sums, rows, block, scale, start) for start, block, compute in blocks(columns, config.chunk)]
+    log_sums, all_sums, other_sums, other_counts = torch.stack(parts).unbind(1)
+    all_sum, all_count = all_sums.sum(0), len(columns)
+    other_sum, other_count = other_sums.sum(0), other_counts.sum(0)
     if config.positives == "soft":
-        own = (own + positive.sum(0)) / (1 + other_count)
+        own = (own + other_sum) / (1 + other_count)
     elif config.positives == "masked":
-        counted = counted - other_count
-    target = (1 - config.label_smoothing) * own + config.label_smoothing * everything / counted
+        all_count = all_count - other_count
+    target = (1 - config.label_smoothing) * own + config.label_smoothing * all_sum / all_count
     return (log_sums.logsumexp(0) - target).mean()
 
 
@@ -139,31 +144,31 @@ def sigmoid_loss(config: SigmoidConfig, output: ModelOutput, world: World) -> Te
     Source:  SigLIP, arXiv:2303.15343, algorithm 1.
     """
     image, texts = output.image_embed, world.all_gather(output.text_embed)
-    first = world.rank * len(image)
     others = OtherPairs(config.positives, output, world)
 
-    def block_loss(image: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, other: Tensor | None, own: Tensor) -> Tensor:
+    def loss_of(image: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, start: int) -> Tensor:
         scores = scale * image @ texts.T + bias
-        true = own if other is None or config.positives == "masked" else own | other
+        true = own_columns(len(image), start, len(texts), world)
+        other = others.of_images(start, start + len(texts))
+        if config.positives == "soft":
+            true = true | other
         losses = F.softplus(torch.where(true, -scores, scores))
-        return (losses if other is None or config.positives == "soft" else losses.masked_fill(other, 0)).sum()
+        return (losses.masked_fill(other, 0) if config.positives == "masked" else losses).sum()
 
-    total = 0.0
-    for start, stop, block in blocks(texts, config.chunk):
-        rows, columns = torch.arange(len(image), device=image.device), torch.arange(start, stop, device=image.device)
-        arguments = (output.logit_scale, output.logit_bias, others.of_images(start, stop), rows[:, None] + first == columns)
-        total = total + recompute(block_loss, image, block, *arguments, needed=stop - start < len(texts))
-    return total / len(image)
+    scale, bias = output.logit_scale, output.logit_bias
+    total = [
+        compute(loss_of, image, block, scale, bias, start) for start, block, compute in blocks(texts, config.chunk)
+    ]
+    return torch.stack(total).sum() / len(image)
 
 
 class OtherPairs:
     """The true pairs of own rows with the global batch, beside each row with its own column, block by block."""
 
     def __init__(self, positives: str, output: ModelOutput, world: World):
+        self.world = world
         self.own = None if positives == "own" else output.identity
-        if self.own is not None:
-            self.everyone = gather_identity(self.own, world)
-            self.first = world.rank * len(self.own.image_id)
+        self.everyone = None if self.own is None else gather_identity(self.own, world)
 
     def of_images(self, start: int, stop: int) -> Tensor | None:
         """Own images with texts [start, stop): [B,stop-start] bool, None where only the own column is a positive."""
@@ -177,23 +182,25 @@ class OtherPairs:
         if self.own is None:
             return None
         true = find_true_pairs(self.own, self.everyone.rows(start, stop))[side]
-        rows = torch.arange(len(true), device=true.device) + self.first
-        return true & (rows[:, None] != torch.arange(start, stop, device=true.device))
+        return true & ~own_columns(len(true), start, stop - start, self.world)
 
 
-def blocks(columns: Tensor, chunk: int) -> Iterator[tuple[int, int, Tensor]]:
-    """(start, stop, columns[start:stop]), with one tensor for all their gradients."""
-    start = 0
-    for block in columns.split(chunk):  # slices would each give a gradient of all columns
-        yield start, start + len(block), block
-        start += len(block)
+def own_columns(rows: int, start: int, columns: int, world: World) -> Tensor:
+    """[rows,columns] bool: where own row and global column, the columns from `start` on, are of the same pair."""
+    own = torch.arange(world.rank * rows, (world.rank + 1) * rows, device=world.device)
+    return own[:, None] == torch.arange(start, start + columns, device=world.device)
 
 
-def recompute(function: Callable[..., Tensor], *arguments: Tensor | None, needed: bool) -> Tensor:
-    """function(*arguments), computed again in the backward pass instead of kept, where that is `needed`."""
-    if not needed:
-        return function(*arguments)
-    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+def blocks(columns: Tensor, chunk: int) -> Iterator[tuple[int, Tensor, Callable[..., Tensor]]]:
+    """(start, columns[start:start + chunk], how to call a function of them): of several blocks, each is computed once
+    more in the backward pass instead of kept."""
+    again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    for number, block in enumerate(columns.split(chunk)):  # slices would each have a gradient as large as all columns
+        yield number * chunk, block, again if len(columns) > chunk else _call
+
+
+def _call(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    return function(*arguments)
 
 
 def matching_loss(config: MatchingConfig, output: ModelOutput, world: World) -> Tensor:
@@ -214,16 +221,11 @@ PAIR_LOSSES = {"matching": matching_loss}
 LOSSES = EMBEDDING_LOSSES | PAIR_LOSSES
 
 
-def loss_weight(weight: Weight, step: int) -> float:
-    """The weight in step `step` (from 0)."""
-    return weight.at(step) if isinstance(weight, WeightSchedule) else weight
-
-
 def compute_losses(
     config: LossesConfig, output: ModelOutput, world: World, step: int = 0, losses: dict[str, Callable] = LOSSES
 ) -> dict[str, Tensor]:
     """This rank's part of each of `losses` that is on, by name, and `total`, their weighted sum: scalars [], nats a pair."""
     active = {name: getattr(config, name) for name in losses if getattr(config, name)}
     values = {name: losses[name](settings, output, world) for name, settings in active.items()}
-    weighted = [loss_weight(settings.weight, step) * values[name] for name, settings in active.items()]
+    weighted = [settings.weight_at(step) * values[name] for name, settings in active.items()]
     return values | {"total": sum(weighted, start=output.logit_scale.new_zeros(()))}

@@ -20,11 +20,19 @@ import torch
 from data_tools.errors import UserError
 from data_tools.files import write_atomic, write_json_atomic
 from pretrain import __version__, checkpoint
+from pretrain.accumulate import BadSteps, compute_gradients
 from pretrain.config import ConfigError, ConfigModel, load_config, render_config
 from pretrain.data.loader import DataConfig, Loader
 from pretrain.data.text import build_tokenizer
-from pretrain.engine import EngineConfig, build_engine, import_deepspeed, learning_rate, set_learning_rate
-from pretrain.losses import LossesConfig, compute_losses
+from pretrain.engine import (
+    EngineConfig,
+    apply_gradients,
+    build_engine,
+    import_deepspeed,
+    learning_rate,
+    set_learning_rate,
+)
+from pretrain.losses import LossesConfig
 from pretrain.metrics import Clock, Metrics, peak_memory_gib
 from pretrain.model.model import ModelConfig, build_model
 from pretrain.randomness import seed_torch
@@ -47,11 +55,14 @@ def check_duration(text: str) -> str:
 
 class TrainConfig(ConfigModel):
     batch_size: int = pydantic.Field(ge=1)  # pairs over all ranks
+    # Pairs of a rank that go through the model at once; none: all. Less memory for one more forward, the same gradients.
+    micro_batch_size: int | None = pydantic.Field(default=None, ge=1)
     duration: Annotated[str, pydantic.AfterValidator(check_duration)]  # "2000 steps", "30 epochs", "500000 samples"
     log_every_steps: int = pydantic.Field(default=10, ge=1)
     checkpoint_every_steps: int = pydantic.Field(default=1000, ge=1)
     keep_checkpoints: int = pydantic.Field(default=2, ge=1)
     resume: Literal["auto", "never"] = "auto"
+    max_bad_steps: int = pydantic.Field(default=10, ge=1)  # in a row, skipped for a loss or gradient that is not finite
 
     def steps(self, samples: int | None) -> int:
         """The duration in steps, for a dataset of that many samples; a part of a batch counts as one more step.
@@ -82,8 +93,12 @@ class RunConfig(ConfigModel):
             raise ValueError("losses.matching needs model.fusion: set one, or losses.matching=null")
         if self.model.fusion and not self.losses.matching:
             raise ValueError("model.fusion would not be trained: set losses.matching, or model.fusion=null")
-        if not (self.losses.contrastive or self.losses.matching):
-            raise ValueError("losses: all are off; set losses.contrastive or losses.matching")
+        if self.losses.sigmoid and self.model.init_logit_bias is None:
+            raise ValueError("losses.sigmoid needs a bias: set model.init_logit_bias=-10 and model.init_logit_scale=10")
+        if self.model.init_logit_bias is not None and not self.losses.sigmoid:
+            raise ValueError("model.init_logit_bias would not be trained: set losses.sigmoid, or leave it out")
+        if not (self.losses.contrastive or self.losses.sigmoid or self.losses.matching):
+            raise ValueError("losses: all are off; set losses.contrastive, losses.sigmoid or losses.matching")
         return self
 
 
@@ -96,6 +111,7 @@ def train(config: RunConfig, world: World) -> int:
     loader = Loader(config.data, tokenizer, image_size, batch_size, config.seed, world)
     newest = find_checkpoint(config, world)
     model = build_model(config.model, tokenizer, config.seed, world).train()
+    check_micro_batches(model, config.train, world)
     engine = build_engine(model, config.engine, batch_size, world)
     step = restore(engine, loader, *newest) if newest else 0
     steps = config.train.steps(loader.supply.epoch_samples)
@@ -106,6 +122,7 @@ def train(config: RunConfig, world: World) -> int:
 
     clock = Clock()
     metrics = Metrics(config.run, step, steps, enabled=world.is_main)
+    bad_steps = BadSteps(config.train.max_bad_steps, config.engine.precision, world)
     batches = iter(loader)
     stopping = world.any(stop.requested)
     while step < steps and not stopping:
@@ -113,16 +130,16 @@ def train(config: RunConfig, world: World) -> int:
         clock.data_ready()
         set_learning_rate(engine, learning_rate(config.engine, step, steps))
         seed_torch(config.seed, step, world.rank)
-        losses = compute_losses(config.losses, engine(batch), world)
-        engine.backward(losses["total"])
-        engine.step()
+        losses, output = compute_gradients(engine, batch, config.losses, step, config.train.micro_batch_size, world)
+        applied = apply_gradients(engine)
         step += 1
+        bad_steps.check(step, applied, batch, losses, output)
         clock.step_done()
         loader.close_epochs()
         metrics.step_done()
         stopping = world.any(stop.requested)
         if step % config.train.log_every_steps == 0 or step in (1, steps):
-            metrics.log(step, measure(engine, losses, loader, world) | clock.rates(batch_size))
+            metrics.log(step, measure(engine, losses, loader, bad_steps, world) | clock.rates(batch_size))
         if step % config.train.checkpoint_every_steps == 0 or step == steps or stopping:
             state = run_state(config, loader, step, world)
             checkpoint.save(engine, config.run, step, state, config.train.keep_checkpoints, world)
@@ -136,11 +153,30 @@ def train(config: RunConfig, world: World) -> int:
     return 0
 
 
-def measure(engine: Any, losses: dict[str, torch.Tensor], loader: Loader, world: World) -> dict[str, float]:
+def check_micro_batches(model: torch.nn.Module, config: TrainConfig, world: World) -> None:
+    """Raises ConfigError for micro-batches of unequal size, and for a model that would see them differently."""
+    size, rows = config.micro_batch_size, config.batch_size // world.size
+    if size is None or size >= rows:
+        return
+    if rows % size:
+        raise ConfigError(
+            f"train.micro_batch_size: {size} does not divide the {rows} pairs of a rank. Choose a divisor"
+        )
+    if any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        raise ConfigError(
+            "train.micro_batch_size: this model has batch normalisation, whose statistics are of what is computed at once. "
+            "Leave it out, or choose an image tower without, such as kind: vit"
+        )
+
+
+def measure(
+    engine: Any, losses: dict[str, torch.Tensor], loader: Loader, bad_steps: BadSteps, world: World
+) -> dict[str, float]:
     """Losses (means over the ranks), the optimiser's state, samples replaced so far, memory: by metric name. Collective."""
     means = world.mean(torch.stack([loss.reshape(()) for loss in losses.values()])).tolist()
     values = {f"loss/{name}": mean for name, mean in zip(losses, means, strict=True)}
     values["optimizer/lr"] = engine.optimizer.param_groups[0]["lr"]
+    values["optimizer/bad_steps"] = bad_steps.total
     values["optimizer/skipped_steps"] = engine.skipped_steps
     norm = engine.get_global_grad_norm()
     if norm is not None:  # DeepSpeed does not tell it at ZeRO 0 in fp32

@@ -32,7 +32,7 @@ class ModelConfig(ConfigModel):
     fusion: union_by_kind(FUSIONS) | None = None  # none: contrastive only
     random_negatives: float = pydantic.Field(default=0.5, ge=0, le=1)  # share of the match negatives not drawn hard
     init_logit_scale: float = pydantic.Field(default=1 / 0.07, gt=0, le=MAX_LOGIT_SCALE)
-    init_logit_bias: float | None = None  # for losses.sigmoid, which SigLIP starts with scale 10, bias -10; none: no bias
+    init_logit_bias: float | None = None  # for losses.sigmoid: -10 in SigLIP, with a scale of 10; none: no bias
 
 
 class LogitScale(nn.Module):

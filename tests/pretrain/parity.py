@@ -106,7 +106,9 @@ class PlainEngine:
         pass
 
 
-def losses_and_gradients(world: World, case: Case, micro_batches: int) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+def losses_and_gradients(
+    world: World, case: Case, micro_batches: int
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Losses and every parameter's gradient in float64, each averaged over the ranks."""
     config = model_config(case.image, case.text, case.fusion)
     model = build_model(config, TOKENIZER, 0, world).double().train()

@@ -103,9 +103,13 @@ class BadSteps:
         if applied:
             self.in_a_row = 0
             return
-        found = self.world.gather_objects(find_bad_keys(batch, losses, output))
-        if self.precision == "fp16" and not any(found):
+        own_embeddings, own_losses = find_bad_keys(batch, losses, output)
+        by_embedding = self.world.gather_objects(own_embeddings)
+        by_loss = self.world.gather_objects(own_losses)
+        if self.precision == "fp16" and not any(by_loss):
             return  # the loss scale was too large; DeepSpeed has made it smaller
+        # One bad embedding spoils the losses of every rank that compares with it, so those tell less.
+        found = by_embedding if any(by_embedding) else by_loss
         self.total += 1
         self.in_a_row += 1
         places = [f"rank {rank}: {', '.join(keys)}" for rank, keys in enumerate(found) if keys]
@@ -113,16 +117,21 @@ class BadSteps:
         if self.in_a_row >= self.limit:
             raise UserError(
                 f"step {step}: loss or gradients not finite, for {self.in_a_row} steps in a row ({where}). Lower engine.lr, "
-                "use precision bf16 or fp32, or look at these samples; the last checkpoint is from before or between them"
+                "engine.precision=bf16 or fp32 instead of fp16, or look at these samples; skipped steps have changed no weights"
             )
         if self.world.is_main:
             log.warning("step %d: loss or gradients not finite, step skipped (%s)", step, where)
 
 
-def find_bad_keys(batch: Batch, losses: dict[str, Tensor], output: ModelOutput, most: int = 8) -> list[str]:
-    """This rank's samples to blame, at most `most`: those whose embeddings are not finite, or all if a loss is not."""
-    bad = ~(output.image_embed.isfinite().all(1) & output.text_embed.isfinite().all(1))
-    if not bad.any() and not torch.stack([loss.reshape(()) for loss in losses.values()]).isfinite().all():
-        bad = torch.ones_like(bad)
-    keys = [batch.keys[row] for row in bad.nonzero()[:, 0].tolist()]
-    return keys[:most] + ([f"and {len(keys) - most} more"] if len(keys) > most else [])
+def find_bad_keys(
+    batch: Batch, losses: dict[str, Tensor], output: ModelOutput, most: int = 8
+) -> tuple[list[str], list[str]]:
+    """This rank's samples to blame, at most `most` by name: those whose embeddings are not finite, and, if one of its
+    losses is not, all of them."""
+    spoiled = ~(output.image_embed.isfinite().all(1) & output.text_embed.isfinite().all(1))
+    lost = not torch.stack([loss.detach().reshape(()) for loss in losses.values()]).isfinite().all()
+    by_embedding = [batch.keys[row] for row in spoiled.nonzero()[:, 0].tolist()]
+    return tuple(
+        keys[:most] + [f"and {len(keys) - most} more"] * (len(keys) > most)
+        for keys in (by_embedding, batch.keys if lost else [])
+    )

@@ -5,17 +5,25 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
-from pretrain.accumulate import compute_gradients
+from data_tools.errors import UserError
+from pretrain.accumulate import BadSteps, compute_gradients
 from pretrain.config import check_config
 from pretrain.contract import Batch, ModelOutput
 from pretrain.data.text import ClipTokenizerConfig, Tokenizer
-from pretrain.engine import EngineConfig, build_engine, learning_rate, set_learning_rate
+from pretrain.engine import (
+    EngineConfig,
+    apply_gradients,
+    build_engine,
+    learning_rate,
+    parameter_groups,
+    set_learning_rate,
+)
 from pretrain.losses import ContrastiveConfig, LossesConfig, MatchingConfig, SigmoidConfig, compute_losses
 from pretrain.model.model import ModelConfig, build_model
 from pretrain.model.negatives import find_true_pairs, gather_identity
 from pretrain.model.noise import pair_keys
+from pretrain.model.towers import Tower
 from pretrain.world import World
 
 GLOBAL_BATCH = 16
@@ -186,47 +194,99 @@ def dense_sigmoid(output: ModelOutput, world: World, positives: str) -> torch.Te
     return (losses * counted).sum() / len(true)
 
 
-def contrastive_of_both(world: World) -> dict[str, tuple[float, np.ndarray, np.ndarray, np.ndarray]]:
-    """Loss and gradients of our contrastive loss and of open_clip's, on the same embeddings."""
-    from pretrain.contract import ModelOutput
+def losses_of_both(world: World) -> dict[str, list[tuple[str, float, list[np.ndarray]]]]:
+    """(ours and open_clip's, loss, gradients) of the contrastive and the sigmoid loss, on the same embeddings."""
     from pretrain.torchvision_ops import prepare_torchvision
 
     prepare_torchvision()
-    from open_clip import ClipLoss
+    from open_clip.loss import ClipLoss, SigLipLoss
 
     generator = torch.Generator().manual_seed(world.rank)
-    results = {}
     sides = [torch.randn(4, 16, generator=generator, dtype=torch.float64) for _ in range(2)]
-    for name in ("ours", "open_clip"):
+
+    def evaluate(loss_of) -> tuple[float, list[np.ndarray]]:
         image, text = (torch.nn.functional.normalize(side, dim=-1).requires_grad_() for side in sides)
-        scale = torch.tensor([14.0], dtype=torch.float64, requires_grad=True)
-        if name == "ours":
-            loss = compute_losses(LossesConfig(), ModelOutput(image, text, scale), world)["contrastive"]
-        else:
-            loss = ClipLoss(local_loss=True, gather_with_grad=True, rank=world.rank, world_size=world.size)(
-                image, text, scale
-            )
+        scale, bias = (torch.tensor([value], dtype=torch.float64, requires_grad=True) for value in (14.0, -3.0))
+        loss = loss_of(image, text, scale, bias)
         loss.sum().backward()
-        results[name] = (loss.item(), image.grad.numpy(), text.grad.numpy(), scale.grad.numpy())
+        gradients = [leaf.grad.numpy() for leaf in (image, text, scale, bias) if leaf.grad is not None]
+        return loss.item(), gradients
+
+    def ours(config: LossesConfig):
+        return lambda *leaves: compute_losses(config, ModelOutput(*leaves), world)["total"]
+
+    ranks = {"rank": world.rank, "world_size": world.size}
+    clip = ClipLoss(local_loss=True, gather_with_grad=True, **ranks)
+    results = {
+        "contrastive": [
+            ("chunks", *evaluate(ours(LossesConfig(contrastive=ContrastiveConfig(chunk=5))))),
+            ("whole", *evaluate(ours(LossesConfig()))),
+            ("open_clip", *evaluate(lambda image, text, scale, bias: clip(image, text, scale))),
+        ],
+        "sigmoid": [
+            ("chunks", *evaluate(ours(LossesConfig(contrastive=None, sigmoid=SigmoidConfig(chunk=5))))),
+            ("whole", *evaluate(ours(LossesConfig(contrastive=None, sigmoid=SigmoidConfig())))),
+        ],
+    }
+    for exchange in ("bidir", "shift", "reduce", "gather"):
+        results["sigmoid"].append((exchange, *evaluate(SigLipLoss(dist_impl=exchange, **ranks))))
     return results
 
 
-def train_losses(world: World, stages: list[int], steps: int) -> dict[int, list[float]]:
-    """Total losses (means over ranks) of a few real DeepSpeed steps in fp32, by ZeRO stage."""
-    config = model_config("vit", "clip")
-    results = {}
-    for stage in stages:
-        engine_config = EngineConfig(zero_stage=stage, precision="fp32", lr=1e-3, warmup_steps=3)
-        if not dist.is_initialized():
-            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+DROPPING = ("vit_dropping", "bert_dropping", "cross_dropping")
+BAD_STEP = 2
+
+
+def train_losses(world: World, runs: list[tuple[int, int]], steps: int) -> list[tuple[list[float], list[str]]]:
+    """Steps of DeepSpeed in fp32 for each (ZeRO stage, number of micro-batches): total losses (means over ranks), and what
+    was said of the steps that were skipped: in one, the first image of each of rank 1's micro-batches becomes NaN."""
+    config, results = model_config(*DROPPING), []
+    for stage, micro_batches in runs:
+        settings = EngineConfig(zero_stage=stage, precision="fp32", lr=1e-3, warmup_steps=3)
         model = build_model(config, TOKENIZER, 0, world).train()
-        engine = build_engine(model, engine_config, GLOBAL_BATCH, world)
-        results[stage] = []
+        engine = build_engine(model, settings, GLOBAL_BATCH, world)
+        losses, skipped = [], []
         for step in range(steps):
-            set_learning_rate(engine, learning_rate(engine_config, step, steps))
-            losses = compute_losses(LOSSES, engine(make_batch(config, step, world)), world)
-            engine.backward(losses["total"])
-            engine.step()
-            results[stage].append(world.mean(losses["total"]).item())
+            set_learning_rate(engine, learning_rate(settings, step, steps))
+            batch = make_batch(config, step, world)
+            spoil = step == BAD_STEP and world.rank == 1
+            hook = model.image_tower.register_forward_hook(spoil_first_row) if spoil else None
+            size = len(batch.ids) // micro_batches
+            values, output = compute_gradients(engine, batch, ALL_LOSSES, step, size, world)
+            if hook:
+                hook.remove()
+            applied = apply_gradients(engine)
+            try:
+                BadSteps(1, "fp32", world).check(step, applied, batch, values, output)
+            except UserError as error:
+                skipped.append(str(error))
+            losses.append(world.mean(values["total"]).item())
+        results.append((losses, skipped))
         engine.destroy()
+    return results
+
+
+def spoil_first_row(module: torch.nn.Module, arguments: tuple, tower: Tower) -> Tower:
+    pooled = tower.pooled.clone()
+    pooled[0] = float("nan")
+    return Tower(tower.tokens, pooled)
+
+
+def plain_losses(steps: int) -> list[float]:
+    """The same in plain PyTorch: one process, the whole batch at once, no update in the bad step."""
+    config, settings = model_config(*DROPPING), EngineConfig(precision="fp32", lr=1e-3, warmup_steps=3)
+    model = build_model(config, TOKENIZER, 0).train()
+    groups = parameter_groups(model, settings.weight_decay)
+    optimizer = torch.optim.AdamW(groups, betas=(settings.beta1, settings.beta2), eps=settings.epsilon)
+    results = []
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(settings, step, steps)
+        loss = compute_losses(ALL_LOSSES, model(make_batch(config, step, World())), World())["total"]
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip)
+        if step != BAD_STEP:
+            optimizer.step()
+        results.append(loss.item())
     return results

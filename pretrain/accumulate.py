@@ -34,7 +34,7 @@ def compute_gradients(
     if micro_batch_size is None or micro_batch_size >= rows:
         output = engine(batch)
         losses = compute_losses(config, output, world, step)
-        engine.backward(infect(losses["total"], output))
+        engine.backward(infect(losses["total"], losses["total"], output))
         return losses, output
 
     starts = range(0, rows, micro_batch_size)
@@ -55,13 +55,13 @@ def compute_gradients(
     with one_reduction(engine):
         for start in starts:
             stop = start + micro_batch_size
-            pairs = plan.pairs(start, stop, rows) if plan else None
+            pairs = plan.pairs(start, stop) if plan else None
             output = engine(batch.rows(start, stop), match=plan is not None, pairs=pairs)
             pair_losses = compute_losses(config, output, world, step, PAIR_LOSSES)
-            carried = carry_back(whole, output, start, stop)
-            engine.backward(infect(pair_losses["total"] + carried, output))
             for name, value in pair_losses.items():
                 losses[name] = losses.get(name, 0) + value.detach()
+            carried = carry_back(whole, output, start, stop)
+            engine.backward(infect(pair_losses["total"] + carried, losses["total"], output))
     return losses, whole
 
 
@@ -82,10 +82,10 @@ def carry_back(whole: ModelOutput, output: ModelOutput, start: int, stop: int) -
     return sum(carried, start=output.logit_scale.new_zeros(()))
 
 
-def infect(total: Tensor, output: ModelOutput) -> Tensor:
-    """`total`, with a gradient that is not finite wherever the loss is not: an infinite loss may have finite gradients,
-    and the reduction of gradients is how the other ranks hear of it."""
-    return total + (total.detach() * 0 * output.logit_scale).sum()
+def infect(scalar: Tensor, loss: Tensor, output: ModelOutput) -> Tensor:
+    """`scalar`, with a gradient that is not finite where `loss` is not: an infinite loss may have finite gradients, and
+    the reduction of gradients is how the other ranks hear of it."""
+    return scalar + (loss.detach() * 0 * output.logit_scale).sum()
 
 
 class BadSteps:

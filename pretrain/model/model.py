@@ -91,8 +91,7 @@ class ImageTextModel(nn.Module):
             batch.identity,
         )
         if self.fusion and match:
-            size = len(batch.image)
-            pairs = pairs or self.plan(batch, output).pairs(0, size, size)
+            pairs = pairs or self.plan(batch, output).pairs(0, len(batch.image))
             self.match(batch, image, text, keys, pairs, output)
         return output
 
@@ -133,8 +132,8 @@ class ImageTextModel(nn.Module):
         output.match_logits = self.match_pairs(
             torch.cat([text.tokens, others]),
             torch.cat([batch.mask, pairs.mask]),
-            image.tokens[pairs.image],
-            pair_keys(keys[pairs.image], torch.cat([keys, text_keys])),
+            torch.cat([image.tokens, image.tokens, image.tokens[pairs.incoming]]),
+            pair_keys(torch.cat([keys, keys, keys[pairs.incoming]]), torch.cat([keys, text_keys])),
         )
         output.match_labels = pairs.labels
         output.match_weight = pairs.weight.to(output.match_logits.dtype)

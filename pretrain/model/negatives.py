@@ -26,7 +26,7 @@ class MatchPairs(NamedTuple):
     """The pairs of one micro-batch, of the same shapes on every rank: in this order, each image with its own text [M],
     each image with a hard text [M], and the texts of all ranks that drew one of these images [T-M, padded]."""
 
-    image: Tensor  # [P] int64 rows of the micro-batch
+    incoming: Tensor  # [T-M] int64 rows of the micro-batch: the images that were drawn
     text: Tensor  # [T] int64 rows of the global batch: the texts that are not the images' own
     ids: Tensor  # [T,L] int64, of those texts
     mask: Tensor  # [T,L] bool
@@ -40,7 +40,7 @@ class MatchPairs(NamedTuple):
 class MatchPlan:
     """Who meets whom in the global batch, the same for every world size and every number of micro-batches."""
 
-    rank: int
+    first: int  # row of the global batch that is this rank's first
     hard_text: np.ndarray  # [G] the text drawn for each image, -1 where there was no candidate
     hard_image: np.ndarray  # [G] the image drawn for each text, -1 where there was no candidate
     weight: float  # of each pair
@@ -48,10 +48,10 @@ class MatchPlan:
     mask: Tensor  # [G,L] bool
     position: Tensor  # [G] int64
 
-    def pairs(self, start: int, stop: int, rows: int) -> MatchPairs:
-        """The pairs of this rank's micro-batch [start, stop) out of its `rows`."""
+    def pairs(self, start: int, stop: int) -> MatchPairs:
+        """The pairs of this rank's rows [start, stop), one of its micro-batches of equal size."""
         size = stop - start
-        first = self.rank * rows + start
+        first = self.first + start
         own = np.arange(first, first + size)
         hard_text = self.hard_text[own]
         drawn = self.hard_image[self.hard_image >= 0]
@@ -62,20 +62,21 @@ class MatchPlan:
         padded = -(-widest // step) * step
         incoming = np.flatnonzero((self.hard_image >= first) & (self.hard_image < first + size))
         padding = np.full(padded - len(incoming), first)
-        image = np.concatenate([own, own, self.hard_image[incoming], padding]) - first
+        image = np.concatenate([self.hard_image[incoming], padding]) - first
         text = np.concatenate([np.where(hard_text < 0, own, hard_text), incoming, padding])
-        counts = np.ones(len(image))
+        labels = (np.arange(size + len(text)) < size).astype(np.int64)
+        counts = np.ones(len(labels))
         counts[size : 2 * size] = hard_text >= 0
         counts[2 * size + len(incoming) :] = 0
         device = self.ids.device
         text = torch.from_numpy(text).to(device)
         return MatchPairs(
-            image=torch.from_numpy(image).to(device),
+            incoming=torch.from_numpy(image).to(device),
             text=text,
             ids=self.ids[text].long(),
             mask=self.mask[text],
             text_position=self.position[text],
-            labels=torch.from_numpy((np.arange(len(image)) < size).astype(np.int64)).to(device),
+            labels=torch.from_numpy(labels).to(device),
             all_own=size == len(self.ids),
             weight=torch.from_numpy(counts * self.weight).to(device),
         )
@@ -108,7 +109,7 @@ def plan_matches(
         hard_text, hard_image = world.all_gather(drawn).cpu().numpy().T
         position = torch.from_numpy(batch.position.astype(np.int64)).to(image.device)
         return MatchPlan(
-            rank=world.rank,
+            first=world.rank * len(image),
             hard_text=hard_text,
             hard_image=hard_image,
             weight=world.size / (len(hard_text) + (hard_text >= 0).sum() + (hard_image >= 0).sum()),

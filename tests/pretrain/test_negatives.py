@@ -1,9 +1,12 @@
+from types import SimpleNamespace
+
 import numpy as np
+import pytest
 import torch
 from ranks import run_on_ranks
 
 from pretrain.contract import Identity
-from pretrain.model.negatives import draw_negatives, find_true_pairs, gather_identity
+from pretrain.model.negatives import MatchPlan, draw_negatives, find_true_pairs, gather_identity, plan_matches
 from pretrain.randomness import uniform
 from pretrain.world import World
 
@@ -73,3 +76,54 @@ def test_extreme_scores_neither_overflow_nor_underflow() -> None:
     scores = torch.tensor([[1e4, -1e4, 0.0], [-1e4, -1e4, -1e4]])
     columns, valid = draw_negatives(scores, torch.eye(2, 3, dtype=torch.bool), torch.tensor([0.999999, 0.0]), 0.5)
     assert valid.all() and columns.tolist() == [2, 0]
+
+
+@pytest.mark.parametrize(("ranks", "micro_batches"), [(1, 1), (1, 2), (2, 1), (2, 2), (4, 2)])
+def test_every_pair_is_computed_once_in_batches_of_one_shape(ranks: int, micro_batches: int) -> None:
+    """Image 3 is drawn by six texts, text 5 and image 6 drew nothing."""
+    count, length = 8, 2
+    hard_text = np.array([1, 2, 7, 0, 1, 6, -1, 3])
+    hard_image = np.array([3, 3, 3, 3, 3, -1, 3, 6])
+    rows, found, shapes = count // ranks, [], set()
+    for rank in range(ranks):
+        plan = MatchPlan(
+            first=rank * rows,
+            hard_text=hard_text,
+            hard_image=hard_image,
+            weight=ranks / 22,
+            ids=torch.arange(count)[:, None].expand(count, length).int(),
+            mask=torch.ones(count, length, dtype=torch.bool),
+            position=torch.arange(count) + 100,
+        )
+        size = rows // micro_batches
+        for start in range(0, rows, size):
+            pairs = plan.pairs(start, start + size)
+            first = rank * rows + start
+            own = list(range(first, first + size))
+            images = own + own + (pairs.incoming + first).tolist()
+            texts = own + pairs.ids[:, 0].tolist()
+            assert pairs.text.tolist() == pairs.ids[:, 0].tolist() == (pairs.text_position - 100).tolist()
+            assert pairs.all_own == (ranks * micro_batches == 1)
+            shapes.add((len(pairs.incoming), len(pairs.text), len(pairs.labels), len(pairs.weight)))
+            rows_of_pairs = zip(images, texts, pairs.labels.tolist(), pairs.weight.tolist(), strict=True)
+            found += [(image, text, label) for image, text, label, weight in rows_of_pairs if weight]
+            assert set(pairs.weight.tolist()) <= {0, ranks / 22}
+    expected = [(row, row, 1) for row in range(count)]
+    expected += [(image, text, 0) for image, text in enumerate(hard_text) if text >= 0]
+    expected += [(image, text, 0) for text, image in enumerate(hard_image) if image >= 0]
+    assert sorted(found) == sorted(expected) and len(expected) == 22
+    assert len(shapes) == 1
+
+
+def test_a_batch_of_one_picture_has_no_negatives() -> None:
+    rows = 3
+    batch = SimpleNamespace(
+        identity=Identity(torch.zeros(rows), torch.arange(rows), torch.arange(rows)[:, None]),
+        position=np.arange(rows),
+        ids=torch.ones(rows, 2, dtype=torch.int64),
+        mask=torch.ones(rows, 2, dtype=torch.bool),
+    )
+    embed = torch.nn.functional.normalize(torch.randn(rows, 4), dim=1)
+    pairs = plan_matches(batch, embed, embed, torch.ones(1), 0, 0.5, World()).pairs(0, rows)
+    assert pairs.weight.tolist() == pytest.approx([1 / 3] * 3 + [0] * 3)
+    assert pairs.labels.tolist() == [1] * 3 + [0] * 3

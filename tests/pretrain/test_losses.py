@@ -81,14 +81,23 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize("positives", ["own", "masked"])
 def test_no_loss_holds_more_than_a_block(positives: str) -> None:
-    rows, chunk, captions = 96, 8, 2
+    rows, chunk, captions = 128, 32, 2
     output = make_output(rows)
     config = LossesConfig(
         contrastive=ContrastiveConfig(chunk=chunk, positives=positives),
         sigmoid=SigmoidConfig(chunk=chunk, positives=positives),
     )
+    kept = {}  # for the backward pass
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.data_ptr()] = tensor.numel()
+        return tensor
+
     with LargestTensor() as largest:
-        compute_losses(config, output, World())["total"].backward()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = compute_losses(config, output, World())["total"]
+        assert sum(kept.values()) < rows * rows  # one matrix of similarities, or all its blocks
+        loss.backward()
     assert rows * chunk <= largest.elements <= rows * chunk * captions
 
 

@@ -45,5 +45,5 @@ def stable_id(text: str) -> int:
 
 
 def seed_torch(seed: int, step: int, rank: int) -> None:
-    """Seed torch's global generators for one step of one rank: dropout replays after a resume with nothing saved."""
+    """Seed torch's global generators for one step of one rank: what a library draws from them replays after a resume."""
     torch.manual_seed(int(hash64(int(hash64(seed, "dropout", step)), "rank", rank)) >> 1)

@@ -55,7 +55,7 @@ def check_duration(text: str) -> str:
 
 class TrainConfig(ConfigModel):
     batch_size: int = pydantic.Field(ge=1)  # pairs over all ranks
-    # Pairs of a rank that go through the model at once; none: all. Less memory for one more forward, the same gradients.
+    # Pairs that a rank computes at once; none: all. Fewer take less memory and one more forward; gradients stay the same.
     micro_batch_size: int | None = pydantic.Field(default=None, ge=1)
     duration: Annotated[str, pydantic.AfterValidator(check_duration)]  # "2000 steps", "30 epochs", "500000 samples"
     log_every_steps: int = pydantic.Field(default=10, ge=1)

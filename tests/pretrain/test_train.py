@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 from data_tools.errors import UserError
 from pretrain.__main__ import main
-from pretrain.config import load_config
-from pretrain.train import RunConfig, find_checkpoint
+from pretrain.config import ConfigError, load_config
+from pretrain.train import RunConfig, TrainConfig, check_micro_batches, find_checkpoint
 from pretrain.world import World
 
 STEPS = 8
@@ -194,6 +194,33 @@ def test_check_prints_the_resolved_config(capfd: pytest.CaptureFixture) -> None:
     assert "Did you mean 'lr'" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("overrides", "part"),
+    [
+        (["losses.sigmoid={}"], "set model.init_logit_bias"),
+        (["model.init_logit_bias=-10.0"], "init_logit_bias would not be trained"),
+        (["losses.matching.ramp={start: 1.0}"], "losses.matching.ramp.steps: is missing"),
+    ],
+)
+def test_losses_that_do_not_fit_the_model_are_refused(overrides: list[str], part: str) -> None:
+    with pytest.raises(ConfigError, match=part):
+        load_config(TINY, overrides, RunConfig)
+
+
+def test_micro_batches_must_be_equal_and_meet_no_batch_normalisation() -> None:
+    def config(size: int | None) -> TrainConfig:
+        return TrainConfig(batch_size=12, duration="1 steps", micro_batch_size=size)
+
+    plain, normalised = torch.nn.Linear(2, 2), torch.nn.Sequential(torch.nn.BatchNorm2d(2))
+    for size in (None, 12, 6, 100):
+        check_micro_batches(plain, config(size), World())
+    with pytest.raises(ConfigError, match="5 does not divide the 12"):
+        check_micro_batches(plain, config(5), World())
+    check_micro_batches(normalised, config(12), World())
+    with pytest.raises(ConfigError, match="batch normalisation"):
+        check_micro_batches(normalised, config(6), World())
+
+
 SMALL = [
     "model.image.width=64",
     "model.image.layers=1",
@@ -223,7 +250,7 @@ def test_large_configs_run_with_small_towers(name: str, size: int, shards: Path,
 def test_it_runs_under_torchrun(shards: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pretrain"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    command += arguments(shards, tmp_path / "run", "train.duration=2 steps")
+    command += arguments(shards, tmp_path / "run", "train.duration=2 steps", "train.micro_batch_size=2")
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert len(metrics(tmp_path / "run")) == 2

@@ -8,6 +8,7 @@ import math
 import pydantic
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from pretrain.config import ConfigModel, Count, union_by_kind
 from pretrain.contract import Batch, ModelOutput
@@ -123,18 +124,34 @@ class ImageTextModel(nn.Module):
     def match(
         self, batch: Batch, image: Tower, text: Tower, keys: Tensor, pairs: MatchPairs, output: ModelOutput
     ) -> None:
-        """Fill in the match part: the texts that are not of these images are encoded here, beside the images."""
+        """Fill in the match part: the texts that are not of these images are encoded here, beside the images.
+
+        An image that many texts resemble is drawn by many. Those beyond the usual number come in chunks of their own,
+        which the backward pass computes again, so that they take time but no memory.
+        """
+        size, count = len(batch.ids), len(pairs.ids)
+        image_rows = torch.cat([torch.arange(size, device=pairs.incoming.device), pairs.incoming])
         text_keys = self.sample_keys(pairs.text_position)
-        if pairs.all_own:
-            others = text.tokens[pairs.text]
-        else:
-            others = self.encode_text(pairs.ids, pairs.mask, text_keys).tokens
-        output.match_logits = self.match_pairs(
-            torch.cat([text.tokens, others]),
-            torch.cat([batch.mask, pairs.mask]),
-            torch.cat([image.tokens, image.tokens, image.tokens[pairs.incoming]]),
-            pair_keys(torch.cat([keys, keys, keys[pairs.incoming]]), torch.cat([keys, text_keys])),
-        )
+
+        def match_others(image_tokens: Tensor, text_tokens: Tensor, start: int, stop: int) -> Tensor:
+            """Logits of the texts [start, stop) of `pairs` with their images; before the first ones, those of the own."""
+            chunk = slice(start, stop)
+            if pairs.all_own:
+                others = text_tokens[pairs.text[chunk]]
+            else:
+                others = self.encode_text(pairs.ids[chunk], pairs.mask[chunk], text_keys[chunk]).tokens
+            rows = image_rows[chunk]
+            sides = [others, pairs.mask[chunk], image_tokens[rows], pair_keys(keys[rows], text_keys[chunk])]
+            if start == 0:
+                own = [text_tokens, batch.mask, image_tokens, pair_keys(keys, keys)]
+                sides = [torch.cat(both) for both in zip(own, sides, strict=True)]
+            return self.match_pairs(*sides)
+
+        chunks = [match_others(image.tokens, text.tokens, 0, 2 * size)]
+        for start in range(2 * size, count, size):
+            arguments = (image.tokens, text.tokens, start, start + size)
+            chunks.append(checkpoint(match_others, *arguments, use_reentrant=False, preserve_rng_state=False))
+        output.match_logits = torch.cat(chunks)
         output.match_labels = pairs.labels
         output.match_weight = pairs.weight.to(output.match_logits.dtype)
 

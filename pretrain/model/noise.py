@@ -19,6 +19,8 @@ _GAMMA, _FIRST, _SECOND = (
     constant - 2**64 for constant in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 )
 
+_ODD = 0x9E3779B1 - 2**32  # of int32, near 2^32 over the golden ratio
+
 
 def mix(value: Tensor) -> Tensor:
     """A bijection of int64 that looks random: the finaliser of SplitMix64."""
@@ -44,13 +46,13 @@ class Noise:
         self.keys: Tensor | None = None
 
     def hashes(self, module_number: int, elements: int) -> Tensor:
-        """[B,elements] int64, even over all int64s: one hash for each element of each row at this place in the model."""
+        """[B,elements] int32, even over all int32s: one hash for each element of each row at this place in the model."""
         if self.keys is None:
             raise RuntimeError("dropout in training needs the keys of its rows; call the model with `keys`")
-        keys = mix(self.keys ^ module_number)
-        numbers = mix(torch.arange(elements, device=keys.device) * _GAMMA)
-        # Both are well mixed already. What is left is to break the linear structure of their sum, once an element.
-        return (keys[:, None] ^ numbers) * _FIRST
+        keys = mix(self.keys ^ module_number).int()
+        numbers = mix(torch.arange(elements, device=keys.device) * _GAMMA).int()
+        # Both are well mixed. What is left, and paid for every element, is to break the linear structure of their sum.
+        return (keys[:, None] ^ numbers).mul_(_ODD)
 
     @contextlib.contextmanager
     def using(self, keys: Tensor | None) -> Iterator[None]:
@@ -78,7 +80,7 @@ class PositionDropout(nn.Module):
         if not self.training:
             return x
         hashes = self.noise.hashes(self.module_number, x[0].numel())
-        dropped = hashes < int((self.share - 0.5) * 2.0**64)
+        dropped = hashes < int((self.share - 0.5) * 2.0**32)
         return x.masked_fill(dropped.view(x.shape), 0) * (1 / (1 - self.share))
 
     def extra_repr(self) -> str:

@@ -103,9 +103,7 @@ class BadSteps:
         if applied:
             self.in_a_row = 0
             return
-        own_embeddings, own_losses = find_bad_keys(batch, losses, output)
-        by_embedding = self.world.gather_objects(own_embeddings)
-        by_loss = self.world.gather_objects(own_losses)
+        by_embedding, by_loss = zip(*self.world.gather_objects(find_bad_keys(batch, losses, output)), strict=True)
         if self.precision == "fp16" and not any(by_loss):
             return  # the loss scale was too large; DeepSpeed has made it smaller
         # One bad embedding spoils the losses of every rank that compares with it, so those tell less.

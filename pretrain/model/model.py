@@ -54,11 +54,12 @@ class ImageTextModel(nn.Module):
         super().__init__()
         self.config, self.seed, self.world = config, seed, world or World()
         self.image_tower = config.image.build(config.embed_dim, self.world)
-        self.text_tower = config.text.build(config.embed_dim, tokenizer)
+        text_layer = config.fusion.text_layer if config.fusion else None
+        self.text_tower = config.text.build(config.embed_dim, tokenizer, text_layer)
         self.logit_scale = LogitScale(config.init_logit_scale)
         self.fusion = self.match_head = None
         if config.fusion:
-            self.fusion = config.fusion.build(self.image_tower.width, self.text_tower.width)
+            self.fusion = config.fusion.build(self.image_tower.width, self.text_tower)
             self.match_head = nn.Linear(self.fusion.width, 2)
 
     def forward(self, batch: Batch) -> ModelOutput:

@@ -3,6 +3,7 @@
 A block is what a tower or fusion repeats: a transformer layer, a residual block of a ResNet, a stage of a ConvNeXt.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -32,10 +33,17 @@ def find_blocks(module: nn.Module) -> dict[str, nn.Module]:
 def checkpoint_blocks(model: nn.Module, contexts: Callable[[], Any]) -> None:
     """Keep no activations inside the blocks: each is computed once more in the backward pass, with the same dropouts.
 
-    `contexts` gives, at each forward, the contexts of forward and recomputation (Noise.checkpoint_contexts).
+    `contexts` gives, at each forward, the contexts of forward and recomputation. Blocks with batch normalisation stay as
+    they are: computed twice, they would count each batch twice.
     """
     for block in find_blocks(model).values():
+        if any(isinstance(module, nn.BatchNorm2d) for module in block.modules()):
+            continue
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
+
+
+def no_contexts() -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
+    return contextlib.nullcontext(), contextlib.nullcontext()
 
 
 def compile_blocks(model: nn.Module) -> None:

@@ -12,9 +12,17 @@ from torch import Tensor, nn
 from pretrain.config import ConfigModel, Count, union_by_kind
 from pretrain.contract import Batch, ModelOutput
 from pretrain.data.text import TOKENIZERS, ClipTokenizerConfig, Tokenizer
+from pretrain.model.blocks import (
+    checkpoint_blocks,
+    compile_blocks,
+    freeze,
+    keep_frozen_in_evaluation,
+    no_contexts,
+)
 from pretrain.model.fusion import FUSIONS
 from pretrain.model.negatives import draw_negatives, find_true_pairs
 from pretrain.model.towers import IMAGE_TOWERS, TEXT_TOWERS, Tower, unit
+from pretrain.model.warm_start import WARM_STARTS
 from pretrain.randomness import uniform
 from pretrain.world import World
 
@@ -32,6 +40,10 @@ class ModelConfig(ConfigModel):
     fusion: union_by_kind(FUSIONS) | None = None  # none: contrastive only
     random_negatives: float = pydantic.Field(default=0.5, ge=0, le=1)  # share of the match negatives not drawn hard
     init_logit_scale: float = pydantic.Field(default=1 / 0.07, gt=0, le=MAX_LOGIT_SCALE)
+    warm_start: list[union_by_kind(WARM_STARTS)] = []  # weights to begin with, each source over the ones before
+    freeze: list[str] = []  # beginnings of parameter names that are not trained: [image_tower] is LiT
+    checkpoint_activations: bool = False  # keep none inside blocks: less memory, a third more time
+    compile: bool = False  # torch.compile, block by block
 
 
 class LogitScale(nn.Module):
@@ -61,6 +73,16 @@ class ImageTextModel(nn.Module):
         if config.fusion:
             self.fusion = config.fusion.build(self.image_tower.width, self.text_tower)
             self.match_head = nn.Linear(self.fusion.width, 2)
+        freeze(self, config.freeze)
+        if config.checkpoint_activations:
+            checkpoint_blocks(self, no_contexts)
+        if config.compile:
+            compile_blocks(self)
+
+    def train(self, mode: bool = True) -> "ImageTextModel":
+        super().train(mode)
+        keep_frozen_in_evaluation(self, self.config.freeze)
+        return self
 
     def forward(self, batch: Batch) -> ModelOutput:
         image, text = self.encode_image(batch.image), self.encode_text(batch.ids, batch.mask)

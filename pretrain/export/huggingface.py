@@ -52,12 +52,22 @@ CLIP_TOKENIZER_LIMITS = [
 
 
 def write(source: LoadedRun, folder: Path, final: Path) -> Guide:
-    """Fill `folder`; it does not depend on where it will lie. Raises UserError for an image tower without a class."""
+    """Fill `folder`; it does not depend on where it will lie. Raises UserError for towers without a class."""
     config = source.config.model
     if config.image.kind != "vit":
         raise UserError(
-            f"--to huggingface: transformers has no class for the image tower '{config.image.kind}' (model.image). "
-            "Use --to open_clip or --to native"
+            f"--to huggingface: transformers has no class for the image tower '{config.image.kind}' (model.image) beside "
+            "a text tower. Use --to open_clip or --to native"
+        )
+    if config.text.kind not in CLASSES:
+        raise UserError(
+            f"--to huggingface: takes a text tower of kind {' or '.join(CLASSES)}; this is '{config.text.kind}' "
+            "(model.text). Use --to open_clip or --to native"
+        )
+    if config.text.kind == "bert" and (config.text.pooling != "pooler" or config.text.projection_bias):
+        raise UserError(
+            "--to huggingface: VisionTextDualEncoderModel projects BERT's pooler, without a bias; this model has other "
+            "model.text.pooling or projection_bias. Use --to native"
         )
     if config.text.kind == "clip" and source.tokenizer.end_id == 2:
         raise UserError(
@@ -72,13 +82,7 @@ def write(source: LoadedRun, folder: Path, final: Path) -> Guide:
     settings.architectures, settings.dtype = [model_class], "float32"
     settings.save_pretrained(folder)
     save_file(convert_weights(source), folder / "model.safetensors", {"format": "pt"})
-    size = config.image.image_size
-    pictures = transformers.CLIPImageProcessor(
-        size={"shortest_edge": size},
-        crop_size={"height": size, "width": size},
-        image_mean=list(PIXEL_MEAN),
-        image_std=list(PIXEL_STD),
-    )
+    pictures = build_image_processor(config.image.image_size)
     pictures.save_pretrained(folder)  # preprocessor_config.json, where transformers 4 looks
     limits = [*list_contrastive_limits(source, "transformers"), *LIMITS]
     if config.tokenizer.kind == "clip":
@@ -90,6 +94,18 @@ def write(source: LoadedRun, folder: Path, final: Path) -> Guide:
     getattr(transformers, processor_class)(pictures, tokenizer).save_pretrained(folder)
     edit_tokenizer_files(folder, config.text.kind, config.tokenizer.kind)
     return Guide("transformers", USAGE.format(model=model_class, processor=processor_class, name=final.name), limits)
+
+
+def build_image_processor(size: int) -> Any:
+    """The evaluation transform: the shorter side to `size` pixels, then the centre, and CLIP's pixel statistics."""
+    import transformers
+
+    return transformers.CLIPImageProcessor(
+        size={"shortest_edge": size},
+        crop_size={"height": size, "width": size},
+        image_mean=list(PIXEL_MEAN),
+        image_std=list(PIXEL_STD),
+    )
 
 
 def build_config(source: LoadedRun) -> Any:
@@ -105,7 +121,7 @@ def build_config(source: LoadedRun) -> Any:
         num_hidden_layers=image.layers,
         num_attention_heads=image.width // image.head_width,
         intermediate_size=int(image.width * image.mlp_ratio),
-        hidden_act="gelu",
+        hidden_act=image.activation,
         projection_dim=config.embed_dim,
     )
     if text.kind == "bert":
@@ -125,7 +141,7 @@ def build_config(source: LoadedRun) -> Any:
         num_hidden_layers=text.layers,
         num_attention_heads=text.heads,
         intermediate_size=int(text.width * text.mlp_ratio),
-        hidden_act="gelu",
+        hidden_act=text.activation,
         projection_dim=config.embed_dim,
         **marks,
     )

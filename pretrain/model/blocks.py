@@ -46,10 +46,10 @@ def no_contexts() -> tuple[contextlib.AbstractContextManager, contextlib.Abstrac
     return contextlib.nullcontext(), contextlib.nullcontext()
 
 
-def compile_blocks(model: nn.Module) -> None:
+def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
     """torch.compile each block in place: names stay, and the blocks of one tower share what is compiled."""
     for block in find_blocks(model).values():
-        block.compile()
+        block.compile(backend=backend)
 
 
 def freeze(model: nn.Module, prefixes: list[str]) -> None:

@@ -157,6 +157,7 @@ class HuggingfaceConfig(ConfigModel):
 
     def read(self, where: str, side: str) -> Any:
         """transformers' config object. `side` is vision_config or text_config. Raises ConfigError."""
+        prepare_torchvision()
         import transformers
 
         try:
@@ -297,17 +298,11 @@ class Timm(nn.Module):
 class HuggingfaceImage(nn.Module):
     def __init__(self, config: HuggingfaceImageConfig, embed_dim: int, world: World):
         super().__init__()
-        prepare_torchvision()
-        import transformers
-
         settings = config.read("model.image", "vision_config")
         if hasattr(settings, "image_size"):
             settings.image_size = config.image_size
         keep_attention_weights(settings)
-        # The one vision model without an entry in transformers' AutoModel.
-        model_class = {"blip_vision_model": transformers.BlipVisionModel}.get(settings.model_type)
-        inner = build_huggingface(settings, model_class, config.pooling, "model.image")
-        self.inner = use_global_batch_norm(inner, world)
+        self.inner = use_global_batch_norm(build_huggingface(settings, config.pooling, "model.image"), world)
         self.pooling = config.pooling
         self.width = width_of(settings)
         self.projection = build_projection(self.width, embed_dim, config.projection_bias)
@@ -405,6 +400,7 @@ class ClipText(nn.Module):
 class Bert(nn.Module):
     def __init__(self, config: BertConfig, embed_dim: int, vocab_size: int, text_layer: int | None):
         super().__init__()
+        prepare_torchvision()
         import transformers
 
         settings = transformers.BertConfig(
@@ -447,7 +443,7 @@ class HuggingfaceText(nn.Module):
                 "model.tokenizer to the model's own: {kind: huggingface, name: ...}"
             )
         keep_attention_weights(settings)
-        self.inner = build_huggingface(settings, None, config.pooling, "model.text")
+        self.inner = build_huggingface(settings, config.pooling, "model.text")
         self.pooling = config.pooling
         self.width = width_of(settings)
         self.projection = build_projection(self.width, embed_dim, config.projection_bias)
@@ -480,12 +476,15 @@ def create_timm(config: TimmConfig) -> nn.Module:
     return timm.create_model(config.name, **settings)  # a convolutional network, which takes any size
 
 
-def build_huggingface(settings: Any, model_class: Any, pooling: Pooling, where: str) -> nn.Module:
+def build_huggingface(settings: Any, pooling: Pooling, where: str) -> nn.Module:
     """The module of a transformers config, without a pooler that would not be trained. Raises ConfigError."""
     import transformers
 
     try:
-        model_class = model_class or transformers.MODEL_MAPPING[type(settings)]
+        if settings.model_type == "blip_vision_model":  # the one vision model that AutoModel does not list
+            model_class = transformers.BlipVisionModel
+        else:
+            model_class = transformers.MODEL_MAPPING[type(settings)]
     except KeyError:
         raise ConfigError(f"{where}: transformers has no encoder for model_type '{settings.model_type}'") from None
     takes_pooler = "add_pooling_layer" in inspect.signature(model_class.__init__).parameters

@@ -2,16 +2,20 @@
 
 import copy
 import math
+import re
 
 import parity
 import pytest
 import torch
+import yaml
+from paths import ROOT
 from ranks import run_on_ranks
 from torch import Tensor, nn
 
 from pretrain.config import ConfigError, check_config
 from pretrain.engine import EngineConfig, parameter_groups
 from pretrain.model.blocks import checkpoint_blocks, compile_blocks, find_blocks, learning_rate_scales, no_contexts
+from pretrain.model.fusion import FUSIONS
 from pretrain.model.model import ImageTextModel, ModelConfig, build_model
 from pretrain.model.towers import IMAGE_TOWERS, TEXT_TOWERS, GlobalBatchNorm2d
 from pretrain.torchvision_ops import prepare_torchvision
@@ -346,3 +350,18 @@ def train_at_stages(world: World) -> dict[str, list[list[float]]]:
 def test_towers_and_fusions_train_alike_at_zero_0_and_3() -> None:
     for name, (plain, sharded) in run_on_ranks(train_at_stages, 1)[0].items():
         assert sharded == pytest.approx(plain, rel=1e-5), name
+
+
+EXAMPLES = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "model.md").read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.split(",")[0].split("\n")[0])
+def test_the_examples_in_the_documentation_are_valid(example: str) -> None:
+    values = {"image": IMAGES["vit"], "text": TEXTS["bert"], "fusion": CROSS} | yaml.safe_load(example)
+    check_config(values, ModelConfig, "docs/model.md")
+
+
+def test_the_documentation_shows_every_kind() -> None:
+    shown = [yaml.safe_load(example) for example in EXAMPLES]
+    for key, registry in {"image": IMAGE_TOWERS, "text": TEXT_TOWERS, "fusion": FUSIONS}.items():
+        assert {values[key]["kind"] for values in shown if key in values} == set(registry)

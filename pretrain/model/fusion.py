@@ -174,13 +174,15 @@ class CrossAttentionLayer(nn.Module):
         self.self_attention = Attention(width, width, config.heads)
         self.cross_attention = Attention(width, width if co_attention else other_width, config.heads, gated=True)
         self.mlp = Mlp(width, config.mlp_ratio)
-        self.residual = nn.Dropout(config.dropout)
+        # One each: a dropout's place in the model is what its masks are made from.
+        self.self_dropout, self.cross_dropout, self.mlp_dropout = (nn.Dropout(config.dropout) for _ in range(3))
 
     def forward(self, x: Tensor, mask: Tensor | None, other: Tensor, other_mask: Tensor | None) -> Tensor:
         y = self.self_norm(x)
-        x = x + self.residual(self.self_attention(y, y, mask))
-        x = x + self.residual(self.cross_attention(self.cross_norm(x), self.other_norm(other), other_mask))
-        return x + self.residual(self.mlp(self.mlp_norm(x)))
+        x = x + self.self_dropout(self.self_attention(y, y, mask))
+        found = self.cross_attention(self.cross_norm(x), self.other_norm(other), other_mask)
+        x = x + self.cross_dropout(found)
+        return x + self.mlp_dropout(self.mlp(self.mlp_norm(x)))
 
 
 class CrossAttentionStack(nn.Module):
@@ -255,12 +257,12 @@ class SharedLayer(nn.Module):
         self.attention_norm, self.mlp_norm = nn.LayerNorm(config.width), nn.LayerNorm(config.width)
         self.attention = Attention(config.width, config.width, config.heads, gated=True)
         self.mlp = Mlp(config.width, config.mlp_ratio)
-        self.residual = nn.Dropout(config.dropout)
+        self.attention_dropout, self.mlp_dropout = nn.Dropout(config.dropout), nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         y = self.attention_norm(x)
-        x = x + self.residual(self.attention(y, y, mask))
-        return x + self.residual(self.mlp(self.mlp_norm(x)))
+        x = x + self.attention_dropout(self.attention(y, y, mask))
+        return x + self.mlp_dropout(self.mlp(self.mlp_norm(x)))
 
 
 class SharedFusion(nn.Module):
@@ -295,14 +297,14 @@ class WeightedLayer(nn.Module):
         self.find = Attention(width, width, config.heads, gated=True)
         self.weigh = nn.Linear(2 * width, width)
         self.mlp = Mlp(width, config.mlp_ratio)
-        self.residual = nn.Dropout(config.dropout)
+        self.find_dropout, self.mlp_dropout = nn.Dropout(config.dropout), nn.Dropout(config.dropout)
 
     def forward(self, own: Tensor, other: Tensor, other_mask: Tensor | None) -> Tensor:
         y = self.own_norm(own)
-        found = self.residual(self.find(y, self.other_norm(other), other_mask))
+        found = self.find_dropout(self.find(y, self.other_norm(other), other_mask))
         gate = self.weigh(torch.cat([y, found], -1)).sigmoid()
         own = gate * own + (1 - gate) * found
-        return own + self.residual(self.mlp(self.mlp_norm(own)))
+        return own + self.mlp_dropout(self.mlp(self.mlp_norm(own)))
 
 
 class WeightedFusion(nn.Module):
@@ -337,11 +339,11 @@ class MedCrossAttention(nn.Module):
     def __init__(self, width: int, image_width: int, heads: int, norm_epsilon: float, dropout: float):
         super().__init__()
         self.attention = Attention(width, image_width, heads)
-        self.residual = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(dropout)
         self.norm = nn.LayerNorm(width, eps=norm_epsilon)
 
     def forward(self, x: Tensor, image: Tensor) -> Tensor:
-        return self.norm(x + self.residual(self.attention(x, image)))
+        return self.norm(x + self.dropout(self.attention(x, image)))
 
 
 class MedFusion(nn.Module):

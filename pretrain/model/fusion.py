@@ -7,7 +7,6 @@ padding has no part: neither real tokens nor the pooled vector depend on it. `fu
 Shape legend: P match pairs, N image tokens, L text tokens, D fusion width.
 """
 
-from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import pydantic
@@ -333,17 +332,26 @@ class WeightedFusion(nn.Module):
         return Fused(torch.cat([text, image], 1), torch.cat([text_mask, image_mask], 1), pooled)
 
 
-class MedCrossAttention(nn.Module):
-    """BLIP's `crossattention`: post-norm, as all of BERT, and without a gate, so that its weights fit."""
+class MedLayer(nn.Module):
+    """BERT's layer with BLIP's `crossattention` in it: post-norm, as all of BERT, and without a gate, so that weights fit.
 
-    def __init__(self, width: int, image_width: int, heads: int, norm_epsilon: float, dropout: float):
+    BERT's layer is in a tuple, where modules are not registered: its weights belong to the text tower, or to the fusion's
+    `layers`, and are saved once, there.
+    """
+
+    def __init__(self, layer: nn.Module, width: int, image_width: int, heads: int, epsilon: float, dropout: float):
         super().__init__()
+        self.bert_layer = (layer,)
         self.attention = Attention(width, image_width, heads)
         self.dropout = nn.Dropout(dropout)
-        self.norm = nn.LayerNorm(width, eps=norm_epsilon)
+        self.norm = nn.LayerNorm(width, eps=epsilon)
 
-    def forward(self, x: Tensor, image: Tensor) -> Tensor:
-        return self.norm(x + self.dropout(self.attention(x, image)))
+    def forward(self, text: Tensor, bias: Tensor, image: Tensor) -> Tensor:
+        """`bias` [P,1,1,L] is added to the scores of self-attention."""
+        (layer,) = self.bert_layer
+        attended = layer.attention(text, bias)[0]
+        crossed = self.norm(attended + self.dropout(self.attention(attended, image)))
+        return layer.output(layer.intermediate(crossed), crossed)
 
 
 class MedFusion(nn.Module):
@@ -354,36 +362,27 @@ class MedFusion(nn.Module):
 
     def __init__(self, config: MedConfig, image_width: int, text_tower: nn.Module):
         super().__init__()
-        tower_layers, bert = text_tower.bert_layers, getattr(text_tower.inner, "config", None)
-        if tower_layers is None:
+        layers = text_tower.bert_layers
+        if layers is None:
             raise ConfigError("model.fusion.kind: med needs a text tower with BERT's layers: model.text.kind=bert")
-        self.width = text_tower.width
-        self.layers = None
+        bert, self.width = text_tower.inner.config, text_tower.width
         if config.layers:
-            self.layers = nn.ModuleList(type(tower_layers[0])(bert) for _ in range(config.layers))
-        elif config.text_layer >= len(tower_layers):
+            layers = self.layers = nn.ModuleList(type(layers[0])(bert) for _ in range(config.layers))
+        elif config.text_layer >= len(layers):
             raise ConfigError(
-                f"model.fusion.from_layer: {config.text_layer} leaves none of the text tower's {len(tower_layers)} layers"
+                f"model.fusion.from_layer: {config.text_layer} leaves none of the text tower's {len(layers)} layers"
             )
-        # In a tuple, where modules are not registered: the weights belong to the text tower and are saved once, there.
-        self.shared_layers = () if config.layers else (tower_layers[config.text_layer :],)
-        self.cross = nn.ModuleList(
-            MedCrossAttention(self.width, image_width, bert.num_attention_heads, bert.layer_norm_eps, config.dropout)
-            for _ in self.bert_layers
-        )
-        initialise(self, len(self.cross))
-
-    @property
-    def bert_layers(self) -> Sequence[nn.Module]:
-        return self.shared_layers[0] if self.layers is None else self.layers
+        else:
+            layers = layers[config.text_layer :]
+        sizes = (self.width, image_width, bert.num_attention_heads, bert.layer_norm_eps)
+        self.cross = nn.ModuleList(MedLayer(layer, *sizes, config.dropout) for layer in layers)
+        initialise(self, len(layers))
 
     def forward(self, text: Tensor, text_mask: Tensor, image: Tensor) -> Fused:
-        # Added to the scores, which both of transformers' attentions take; as low as BERT and BLIP have it.
+        # As low as BERT and BLIP have it where nothing is to be seen; both of transformers' attentions take it.
         bias = torch.zeros_like(text_mask, dtype=text.dtype).masked_fill(~text_mask, torch.finfo(text.dtype).min)
-        for layer, cross in zip(self.bert_layers, self.cross, strict=True):
-            attended = layer.attention(text, bias[:, None, None, :])[0]
-            crossed = cross(attended, image)
-            text = layer.output(layer.intermediate(crossed), crossed)
+        for layer in self.cross:
+            text = layer(text, bias[:, None, None, :], image)
         return Fused(text, text_mask, text[:, 0])
 
 

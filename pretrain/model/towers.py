@@ -29,9 +29,8 @@ class Tower(NamedTuple):
     pooled: Tensor  # [B,E]
 
 
-Activation = Literal[
-    "gelu", "quick_gelu"
-]  # quick_gelu: x sigmoid(1.702 x), as OpenAI's weights and a few others have it
+# quick_gelu is x sigmoid(1.702 x), as OpenAI's weights and a few others have it.
+Activation = Literal["gelu", "quick_gelu"]
 PatchShare = pydantic.Field(default=0.0, ge=0, lt=1)  # of the patches, left out in training (FLIP, arXiv:2212.00794)
 
 
@@ -151,29 +150,41 @@ class HuggingfaceConfig(ConfigModel):
 
     @pydantic.model_validator(mode="after")
     def check_source(self) -> "HuggingfaceConfig":
-        if self.name is None and "model_type" not in self.config:
-            raise ValueError("give name (a folder or hub name), or config with a model_type such as vit or bert")
+        if (self.name is None) != ("model_type" in self.config):
+            raise ValueError(
+                "give either name (a folder or hub name) or config with a model_type, such as {model_type: vit}"
+            )
         return self
 
     def read(self, where: str, side: str) -> Any:
         """transformers' config object. `side` is vision_config or text_config. Raises ConfigError."""
         prepare_torchvision()
         import transformers
+        from huggingface_hub.errors import StrictDataclassError
 
+        settings = dict(self.config)
+        model_type = settings.pop("model_type", None)
         try:
             if self.name is None:
-                settings = dict(self.config)
-                return transformers.AutoConfig.for_model(settings.pop("model_type"), **settings)
+                config = transformers.AutoConfig.for_model(model_type)
+                self.check_keys(settings, config, where)
+                return transformers.AutoConfig.for_model(model_type, **settings)
             config = transformers.AutoConfig.from_pretrained(self.name)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            config = getattr(config, side, config)
+            self.check_keys(settings, config, where)
+            for key, value in settings.items():
+                setattr(config, key, value)
+            return config
+        except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise ConfigError(f"{where}: transformers cannot read this config: {reason}") from None
-        config = getattr(config, side, config)
-        for key, value in self.config.items():
+
+    def check_keys(self, settings: dict[str, Any], config: Any, where: str) -> None:
+        """Raises ConfigError for a key that this config class does not have; transformers would take it in silence."""
+        for key in settings:
             if not hasattr(config, key):
-                raise ConfigError(f"{where}.config.{key}: a {config.model_type} has no such key")
-            setattr(config, key, value)
-        return config
+                near = suggest(key, list(config.to_dict()))
+                raise ConfigError(f"{where}.config.{key}: a {config.model_type} has no such key.{near}")
 
 
 class HuggingfaceImageConfig(HuggingfaceConfig):
@@ -283,7 +294,11 @@ class Timm(nn.Module):
         self.projection = build_projection(pooled_width, embed_dim, bias=False)
         self.channels_last = getattr(self.inner, "output_fmt", "NCHW") == "NHWC"
         if config.patch_dropout:
-            if not hasattr(self.inner, "patch_drop") or self.inner.num_prefix_tokens != 1:
+            # Other kinds of patch_drop belong to positions that have to be dropped along.
+            if (
+                not isinstance(getattr(self.inner, "patch_drop", None), nn.Identity)
+                or self.inner.num_prefix_tokens != 1
+            ):
                 raise refuse_patch_dropout(config.name)
             self.inner.patch_drop = build_patch_dropout(config.patch_dropout)
 
@@ -311,13 +326,16 @@ class HuggingfaceImage(nn.Module):
             if not any(hasattr(embeddings, name) for name in ("cls_token", "class_embedding")):
                 raise refuse_patch_dropout(settings.model_type)
             self.patch_dropout = build_patch_dropout(config.patch_dropout)
-            self.inner.embeddings.register_forward_hook(lambda module, arguments, tokens: self.patch_dropout(tokens))
+            self.inner.embeddings.register_forward_hook(self.drop_patches)
 
     def forward(self, image: Tensor) -> Tower:
         """[B,3,H,W] normalised pixels."""
         output = self.inner(pixel_values=image)
         tokens = as_tokens(output.last_hidden_state)
         return Tower(tokens, self.projection(pool(output, tokens, None, self.pooling)))
+
+    def drop_patches(self, embeddings: nn.Module, arguments: tuple, tokens: Tensor) -> Tensor:
+        return self.patch_dropout(tokens)
 
 
 class GlobalBatchNorm2d(nn.BatchNorm2d):

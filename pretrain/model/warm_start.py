@@ -167,10 +167,8 @@ def fill(model: nn.Module, source: Any, report: Report) -> None:
 
 def move_layers(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Layers beyond the text tower's last go to a fusion that has layers of that kind behind it (ALBEF's split)."""
-    layers = (
-        getattr(model.fusion, "layers", None) if model.config.fusion and model.config.fusion.kind == "med" else None
-    )
-    if layers is None:
+    fusion = model.config.fusion
+    if fusion is None or fusion.kind != "med" or fusion.layers is None:
         return weights
     prefix, moved = "text_tower.inner.encoder.layer.", {}
     start = len(model.text_tower.bert_layers)

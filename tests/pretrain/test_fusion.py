@@ -115,9 +115,8 @@ def test_the_pooled_vector_sees_one_other_word_and_one_other_patch(name: str) ->
 def test_dropout_is_on_in_training_only(name: str) -> None:
     values = KINDS[name] | {"dropout": 0.5}
     config = check_config(values, FUSIONS[values["kind"]], "test")
-    fusion = config.build(IMAGE_WIDTH, build_text_tower(config.text_layer)).double()
-    for layer in getattr(fusion, "shared_layers", ()):
-        layer.double()
+    tower = build_text_tower(config.text_layer).double()
+    fusion = config.build(IMAGE_WIDTH, tower).double()
     pairs = draw_pairs()
     assert not torch.equal(fusion(*pairs).pooled, fusion(*pairs).pooled)
     assert torch.equal(fusion.eval()(*pairs).pooled, fusion(*pairs).pooled)
@@ -132,7 +131,8 @@ def test_a_width_must_hold_its_heads() -> None:
 def test_med_shares_the_text_tower_s_layers_and_saves_them_once() -> None:
     tower = build_text_tower(1)
     fusion = FUSIONS["med"](kind="med", from_layer=1).build(IMAGE_WIDTH, tower)
-    assert len(fusion.cross) == 2 and {name.partition(".")[0] for name in fusion.state_dict()} == {"cross"}
+    assert len(fusion.cross) == 2 and fusion.cross[0].bert_layer == (tower.bert_layers[1],)
+    assert {name.partition(".")[0] for name in fusion.state_dict()} == {"cross"}
     text = torch.randn(2, LENGTH, TEXT_WIDTH)
     fusion(text, torch.ones(2, LENGTH, dtype=torch.bool), torch.randn(2, PATCHES, IMAGE_WIDTH)).pooled.sum().backward()
     used = [layer.intermediate.dense.weight.grad is not None for layer in tower.bert_layers]

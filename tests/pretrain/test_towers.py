@@ -195,7 +195,9 @@ def test_patches_are_dropped_in_training(name: str) -> None:
     (IMAGES["siglip_vision_model"] | {"patch_dropout": 0.5}, "no class token"),
     (IMAGES["timm resnet"] | {"patch_dropout": 0.5}, "no class token"),
     ({"kind": "huggingface", "config": {"model_type": "vti"}}, "cannot read this config"),
-    ({"kind": "huggingface"}, "give name .* or config with a model_type"),
+    ({"kind": "huggingface"}, "give either name .* or config with a model_type"),
+    ({"kind": "huggingface", "config": {"model_type": "vit", "hiden_size": 8}}, "config.hiden_size.* 'hidden_size'"),
+    ({"kind": "huggingface", "config": {"model_type": "vit", "hidden_size": "x"}}, "cannot read this config"),
     ({"kind": "huggingface", "name": "/no/such/folder"}, "cannot read this config"),
 ])  # fmt: skip
 def test_what_cannot_be_built_is_said_in_one_line(image: dict, message: str) -> None:

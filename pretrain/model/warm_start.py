@@ -22,6 +22,7 @@ from data_tools.errors import UserError
 from pretrain.config import ConfigError, ConfigModel
 from pretrain.model.blocks import begins_with
 from pretrain.model.names import IMAGE_NAMES, TEXT_NAMES, clip_from_huggingface, from_blip
+from pretrain.model.towers import ClipText, Vit
 from pretrain.torchvision_ops import prepare_torchvision
 from pretrain.world import World
 
@@ -256,26 +257,24 @@ def rename_open_clip(weights: dict[str, Tensor], model: nn.Module) -> dict[str, 
 
 
 def read_clip(name: str, config: Any, model: nn.Module) -> dict[str, Tensor]:
-    """transformers' CLIPModel, into open_clip's towers or its own."""
+    """transformers' CLIPModel, into open_clip's towers or its own. A side that is no CLIP here is left out."""
     import transformers
 
     theirs = read_pretrained(transformers.CLIPModel, name)
-    sides = {
-        "image_tower": ("vision_model.", "visual_projection.weight", "proj", IMAGE_NAMES, "vit"),
-        "text_tower": ("text_model.", "text_projection.weight", "text_projection", TEXT_NAMES, "clip"),
-    }
     weights = {"logit_scale.log_scale": theirs["logit_scale"].reshape(1)}
-    for tower, (prefix, their_projection, own_projection, names, own_kind) in sides.items():
-        side = {name.removeprefix(prefix): value for name, value in theirs.items() if name.startswith(prefix)}
-        config = model.config.image if tower == "image_tower" else model.config.text
-        if config.kind == own_kind:
-            side = clip_from_huggingface(side, names) | {own_projection: theirs[their_projection].T}
-            weights |= {f"{tower}.inner.{name}": value for name, value in side.items()}
-        else:
-            inner = getattr(model, tower).inner
+    for tower, prefix, projection, own_class, own_projection, names in (
+        ("image_tower", "vision_model.", "visual_projection.weight", Vit, "proj", IMAGE_NAMES),
+        ("text_tower", "text_model.", "text_projection.weight", ClipText, "text_projection", TEXT_NAMES),
+    ):
+        side = {key.removeprefix(prefix): value for key, value in theirs.items() if key.startswith(prefix)}
+        inner = getattr(model, tower).inner
+        if isinstance(getattr(model, tower), own_class):
+            side = clip_from_huggingface(side, names) | {own_projection: theirs[projection].T}
+            weights |= {f"{tower}.inner.{key}": value for key, value in side.items()}
+        elif getattr(inner, "config", None) and inner.config.model_type.startswith("clip_"):
             nested = prefix if hasattr(inner, prefix[:-1]) else ""  # transformers 4 names the whole once more
-            weights |= {f"{tower}.inner.{nested}{name}": value for name, value in side.items()}
-            weights[f"{tower}.projection.weight"] = theirs[their_projection]
+            weights |= {f"{tower}.inner.{nested}{key}": value for key, value in side.items()}
+            weights[f"{tower}.projection.weight"] = theirs[projection]
     return weights
 
 

@@ -146,6 +146,27 @@ def test_blip_of_transformers(tmp_path: Path) -> None:
     assert set(report.fresh) == {"logit_scale.log_scale"} and not report.unused
 
 
+@torch.no_grad()
+def test_one_side_of_a_model_with_two(clip: tuple[nn.Module, Path], tmp_path: Path) -> None:
+    import transformers
+
+    model = build(IMAGE | QUICK, TEXT | {"kind": "bert", "layers": 1})  # a text tower that CLIP has nothing for
+    report = start(model, {"kind": "huggingface", "name": str(clip[1])})
+    pixels, _, _ = draw_inputs()
+    expected = clip[0].visual_projection(clip[0].vision_model(pixel_values=pixels).pooler_output)
+    assert_close(model.image_tower(pixels).pooled, expected)
+    assert {name.partition(".")[0] for name in report.loaded} == {"image_tower", "logit_scale"}
+
+    config = transformers.SiglipConfig(vision_config=VISION, text_config=WORDS)
+    theirs = shake(transformers.SiglipModel(config))
+    theirs.save_pretrained(tmp_path)
+    image = {"kind": "huggingface", "image_size": 32, "name": str(tmp_path), "pooling": "pooler"}
+    model = build(image, TEXT)
+    start(model, {"kind": "huggingface", "name": str(tmp_path)})
+    expected = theirs.vision_model(pixel_values=pixels).pooler_output @ model.image_tower.projection.weight.T
+    assert_close(model.image_tower(pixels).pooled, expected)
+
+
 def save_bert(folder: Path, layers: int, vocabulary: int = VOCABULARY) -> nn.Module:
     import transformers
 
@@ -322,7 +343,7 @@ def test_grids_keep_the_tokens_before_the_patches() -> None:
     assert torch.equal(larger[:1], rows[:1]) and larger.shape == (65, 6)
     expected = F.interpolate(rows[1:].T.reshape(1, 6, 4, 4), size=8, mode="bicubic", antialias=True)
     assert_close(larger[1:], expected.flatten(2)[0].T)
-    assert torch.equal(resize_grid(torch.ones(16, 2), 49, "x"), torch.ones(49, 2))  # no class token
+    assert_close(resize_grid(torch.ones(16, 2), 49, "x"), torch.ones(49, 2))  # no class token
     assert resize_grid(torch.randn(5 + 16, 2), 5 + 9, "x").shape == (14, 2)  # a class token and four registers
     with pytest.raises(ConfigError, match="make no square grid"):
         resize_grid(torch.randn(30, 2), 35, "x")

@@ -54,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("export", help="write the weights for another library, and prove them by reloading")
     command.add_argument("--run", required=True, help="run folder of a training run")
-    command.add_argument("--to", required=True, choices=("open_clip", "huggingface", "native"))
+    command.add_argument("--to", required=True, choices=("open_clip", "huggingface", "blip", "native"))
     command.add_argument("--out", required=True, metavar="DIR", help="a new or empty folder")
     command.set_defaults(function=run_export)
 

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from pretrain.config import ConfigError, ConfigModel
+from pretrain.model.blocks import learning_rate_scales
 from pretrain.world import World
 
 
@@ -32,6 +33,9 @@ class EngineConfig(ConfigModel):
     beta1: float = pydantic.Field(default=0.9, ge=0, lt=1)
     beta2: float = pydantic.Field(default=0.98, ge=0, lt=1)
     epsilon: float = pydantic.Field(default=1e-6, gt=0)
+    layer_decay: float = pydantic.Field(
+        default=1.0, gt=0, le=1
+    )  # of the rate, a block down from a tower's end; 1 = none
     gradient_clip: float = pydantic.Field(default=1.0, ge=0)  # global norm; 0 = off
 
 
@@ -43,12 +47,20 @@ def learning_rate(config: EngineConfig, step: int, steps: int) -> float:
     return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups for AdamW: weights that decay, and gains, biases and the logit scale (all of one dimension), that do not."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
+    """AdamW's groups, by weight decay and by what multiplies the learning rate (`lr_scale`; those with 1 come first).
+
+    Weights decay; gains, biases and the logit scale (all of one dimension) do not.
+    """
+    scales = learning_rate_scales(model, layer_decay) if layer_decay < 1 else {}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            key = (scales.get(name, 1.0), weight_decay if parameter.ndim > 1 else 0.0)
+            groups.setdefault(key, []).append(parameter)
     return [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": groups[scale, decay], "weight_decay": decay, "lr_scale": scale}
+        for scale, decay in sorted(groups, reverse=True)
     ]
 
 
@@ -111,7 +123,7 @@ def build_engine(model: nn.Module, config: EngineConfig, global_batch: int, worl
         "nccl" if world.device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
     )
     optimizer = torch.optim.AdamW(
-        parameter_groups(model, config.weight_decay),
+        parameter_groups(model, config.weight_decay, config.layer_decay),
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.epsilon,
@@ -158,4 +170,4 @@ def apply_gradients(engine: Any) -> bool:
 
 def set_learning_rate(engine: Any, rate: float) -> None:
     for group in engine.optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["lr_scale"]

@@ -35,6 +35,7 @@ from pretrain.engine import (
 from pretrain.losses import LossesConfig
 from pretrain.metrics import Clock, Metrics, peak_memory_gib
 from pretrain.model.model import ModelConfig, build_model
+from pretrain.model.warm_start import warm_start
 from pretrain.randomness import seed_torch
 from pretrain.signals import StopRequest
 from pretrain.world import World
@@ -112,6 +113,8 @@ def train(config: RunConfig, world: World) -> int:
     newest = find_checkpoint(config, world)
     model = build_model(config.model, tokenizer, config.seed, world).train()
     check_micro_batches(model, config.train, world)
+    if not newest:
+        warm_start(model, config.model.warm_start, world)
     engine = build_engine(model, config.engine, batch_size, world)
     step = restore(engine, loader, *newest) if newest else 0
     steps = config.train.steps(loader.supply.epoch_samples)
@@ -214,7 +217,7 @@ def run_identity(config: RunConfig, world: World) -> dict[str, Any]:
     """What must not change between a checkpoint and its continuation."""
     return {
         "world_size": world.size,
-        "model": config.model.model_dump(),
+        "model": config.model.model_dump(exclude={"warm_start", "checkpoint_activations", "compile"}),
         "engine": {"zero_stage": config.engine.zero_stage, "precision": config.engine.precision},
     }
 

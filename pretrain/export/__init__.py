@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from data_tools.errors import UserError
 from data_tools.files import TEMPORARY_SUFFIX, sync_folder
-from pretrain.export import huggingface, native, open_clip
+from pretrain.export import blip, huggingface, native, open_clip
 from pretrain.export.card import render_card
 from pretrain.export.compare import build_probes, compare
 from pretrain.export.native import LoadedModel, load
@@ -24,7 +24,7 @@ from pretrain.restore import load_run
 __all__ = ["EXPORTS", "LoadedModel", "export_run", "load"]
 
 # Each has write(source, folder, final) -> Guide, which fills `folder`, and reload(folder) -> Reloaded.
-EXPORTS: dict[str, ModuleType] = {"open_clip": open_clip, "huggingface": huggingface, "native": native}
+EXPORTS: dict[str, ModuleType] = {"open_clip": open_clip, "huggingface": huggingface, "blip": blip, "native": native}
 
 
 def export_run(run: str | Path, to: str, out: str | Path) -> int:

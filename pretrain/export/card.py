@@ -78,6 +78,10 @@ def list_contrastive_limits(source: LoadedRun, library: str) -> list[str]:
         limits.append(
             f"The fusion and the match head are not here: {library} has no place for them. `native` holds them."
         )
-    if patch_dropout := getattr(model.image, "patch_dropout", 0):
-        limits.append(f"Patch dropout, {patch_dropout:g} in training, is off.")
-    return limits
+    return limits + list_training_limits(source)
+
+
+def list_training_limits(source: LoadedRun) -> list[str]:
+    """What the run does in training and no other library's model does by itself."""
+    patch_dropout = getattr(source.config.model.image, "patch_dropout", 0)
+    return [f"Patch dropout, {patch_dropout:g} in training, is off."] if patch_dropout else []

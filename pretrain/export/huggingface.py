@@ -20,6 +20,7 @@ from data_tools.files import write_atomic, write_json_atomic
 from pretrain.export.card import Guide, list_contrastive_limits
 from pretrain.export.compare import Reloaded
 from pretrain.model.model import MAX_LOGIT_SCALE, PIXEL_MEAN, PIXEL_STD, normalise
+from pretrain.model.names import IMAGE_NAMES, TEXT_NAMES, clip_to_huggingface
 from pretrain.restore import LoadedRun
 from pretrain.torchvision_ops import prepare_torchvision
 
@@ -49,39 +50,24 @@ CLIP_TOKENIZER_LIMITS = [
     "Padding is id 0, which is also the sign '!': `split_special_tokens` in tokenizer_config.json keeps them apart.",
 ]
 
-# transformers' name for each of open_clip's, outside the blocks and inside one.
-IMAGE_NAMES = {
-    "class_embedding": "embeddings.class_embedding",
-    "positional_embedding": "embeddings.position_embedding.weight",
-    "conv1.weight": "embeddings.patch_embedding.weight",
-    "ln_pre.weight": "pre_layrnorm.weight",
-    "ln_pre.bias": "pre_layrnorm.bias",
-    "ln_post.weight": "post_layernorm.weight",
-    "ln_post.bias": "post_layernorm.bias",
-}
-TEXT_NAMES = {
-    "token_embedding.weight": "embeddings.token_embedding.weight",
-    "positional_embedding": "embeddings.position_embedding.weight",
-    "ln_final.weight": "final_layer_norm.weight",
-    "ln_final.bias": "final_layer_norm.bias",
-}
-BLOCKS = "transformer.resblocks."
-BLOCK_NAMES = {
-    "ln_1": "layer_norm1",
-    "ln_2": "layer_norm2",
-    "attn.out_proj": "self_attn.out_proj",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
-}
-
 
 def write(source: LoadedRun, folder: Path, final: Path) -> Guide:
-    """Fill `folder`; it does not depend on where it will lie. Raises UserError for an image tower without a class."""
+    """Fill `folder`; it does not depend on where it will lie. Raises UserError for towers without a class."""
     config = source.config.model
     if config.image.kind != "vit":
         raise UserError(
-            f"--to huggingface: transformers has no class for the image tower '{config.image.kind}' (model.image). "
-            "Use --to open_clip or --to native"
+            f"--to huggingface: transformers has no class for the image tower '{config.image.kind}' (model.image) beside "
+            "a text tower. Use --to open_clip or --to native"
+        )
+    if config.text.kind not in CLASSES:
+        raise UserError(
+            f"--to huggingface: takes a text tower of kind {' or '.join(CLASSES)}; this is '{config.text.kind}' "
+            "(model.text). Use --to open_clip or --to native"
+        )
+    if config.text.kind == "bert" and (config.text.pooling != "pooler" or config.text.projection_bias):
+        raise UserError(
+            "--to huggingface: VisionTextDualEncoderModel projects BERT's pooler, without a bias; this model has other "
+            "model.text.pooling or projection_bias. Use --to native"
         )
     if config.text.kind == "clip" and source.tokenizer.end_id == 2:
         raise UserError(
@@ -96,13 +82,7 @@ def write(source: LoadedRun, folder: Path, final: Path) -> Guide:
     settings.architectures, settings.dtype = [model_class], "float32"
     settings.save_pretrained(folder)
     save_file(convert_weights(source), folder / "model.safetensors", {"format": "pt"})
-    size = config.image.image_size
-    pictures = transformers.CLIPImageProcessor(
-        size={"shortest_edge": size},
-        crop_size={"height": size, "width": size},
-        image_mean=list(PIXEL_MEAN),
-        image_std=list(PIXEL_STD),
-    )
+    pictures = build_image_processor(config.image.image_size)
     pictures.save_pretrained(folder)  # preprocessor_config.json, where transformers 4 looks
     limits = [*list_contrastive_limits(source, "transformers"), *LIMITS]
     if config.tokenizer.kind == "clip":
@@ -114,6 +94,18 @@ def write(source: LoadedRun, folder: Path, final: Path) -> Guide:
     getattr(transformers, processor_class)(pictures, tokenizer).save_pretrained(folder)
     edit_tokenizer_files(folder, config.text.kind, config.tokenizer.kind)
     return Guide("transformers", USAGE.format(model=model_class, processor=processor_class, name=final.name), limits)
+
+
+def build_image_processor(size: int) -> Any:
+    """The evaluation transform: the shorter side to `size` pixels, then the centre, and CLIP's pixel statistics."""
+    import transformers
+
+    return transformers.CLIPImageProcessor(
+        size={"shortest_edge": size},
+        crop_size={"height": size, "width": size},
+        image_mean=list(PIXEL_MEAN),
+        image_std=list(PIXEL_STD),
+    )
 
 
 def build_config(source: LoadedRun) -> Any:
@@ -129,7 +121,7 @@ def build_config(source: LoadedRun) -> Any:
         num_hidden_layers=image.layers,
         num_attention_heads=image.width // image.head_width,
         intermediate_size=int(image.width * image.mlp_ratio),
-        hidden_act="gelu",
+        hidden_act=image.activation,
         projection_dim=config.embed_dim,
     )
     if text.kind == "bert":
@@ -149,7 +141,7 @@ def build_config(source: LoadedRun) -> Any:
         num_hidden_layers=text.layers,
         num_attention_heads=text.heads,
         intermediate_size=int(text.width * text.mlp_ratio),
-        hidden_act="gelu",
+        hidden_act=text.activation,
         projection_dim=config.embed_dim,
         **marks,
     )
@@ -169,38 +161,21 @@ def convert_weights(source: LoadedRun) -> dict[str, Tensor]:
     """The two towers and the logit scale under transformers' names, each in memory of its own."""
     image, text = select_weights(source, "image_tower.inner."), select_weights(source, "text_tower.inner.")
     weights = {"logit_scale": cap_log_scale(source), "visual_projection.weight": image.pop("proj").T}
+    image = clip_to_huggingface(image, IMAGE_NAMES)
     if source.config.model.text.kind == "bert":
         # Twice, as transformers 4 names it; 5 reads that as well, but 4 would not read the single name of 5.
-        weights |= convert_tower(image, IMAGE_NAMES, "vision_model.vision_model.")
+        weights |= {f"vision_model.vision_model.{name}": value for name, value in image.items()}
         weights |= {f"text_model.{name}": value for name, value in text.items()}
         weights["text_projection.weight"] = source.model.text_tower.projection.weight.detach()
     else:
         weights["text_projection.weight"] = text.pop("text_projection").T
-        weights |= convert_tower(image, IMAGE_NAMES, "vision_model.") | convert_tower(text, TEXT_NAMES, "text_model.")
+        weights |= {f"vision_model.{name}": value for name, value in image.items()}
+        weights |= {f"text_model.{name}": value for name, value in clip_to_huggingface(text, TEXT_NAMES).items()}
     return {name: value.clone(memory_format=torch.contiguous_format) for name, value in weights.items()}
 
 
 def select_weights(source: LoadedRun, prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): value for k, value in source.model.state_dict().items() if k.startswith(prefix)}
-
-
-def convert_tower(weights: dict[str, Tensor], names: dict[str, str], prefix: str) -> dict[str, Tensor]:
-    """An open_clip transformer's weights as transformers names them: query, key and value apart."""
-    converted = {}
-    for name, value in weights.items():
-        if not name.startswith(BLOCKS):
-            converted[prefix + names[name]] = value
-            continue
-        number, _, rest = name.removeprefix(BLOCKS).partition(".")
-        block = f"{prefix}encoder.layers.{number}."
-        if rest.startswith("attn.in_proj_"):
-            kind = rest.removeprefix("attn.in_proj_")  # weight or bias
-            for part, rows in zip("qkv", value.chunk(3), strict=True):
-                converted[f"{block}self_attn.{part}_proj.{kind}"] = rows
-        else:
-            module, _, kind = rest.rpartition(".")
-            converted[f"{block}{BLOCK_NAMES[module]}.{kind}"] = value
-    return converted
 
 
 def cap_log_scale(source: LoadedRun) -> Tensor:

@@ -182,7 +182,7 @@ def read_config(folder: Path) -> ModelConfig:
 def write(source: LoadedRun, folder: Path, final: Path) -> Guide:
     """Fill `folder`; it does not depend on where it will lie."""
     config = source.config.model
-    settings = config.model_dump()
+    settings = portable_settings(source)
     if config.tokenizer.kind == "huggingface":
         source.tokenizer.inner.save_pretrained(folder / TOKENIZER)
         settings["tokenizer"]["name"] = TOKENIZER
@@ -192,6 +192,17 @@ def write(source: LoadedRun, folder: Path, final: Path) -> Guide:
     save_file({name: value.contiguous() for name, value in source.model.state_dict().items()}, folder / WEIGHTS)
     usage = USAGE.format(name=final.name) + (USAGE_MATCH if config.fusion else "")
     return Guide(None, usage, [])
+
+
+def portable_settings(source: LoadedRun) -> dict[str, Any]:
+    """The model's config without what is for training only, and with transformers' configs in it instead of their places."""
+    settings = source.config.model.model_dump(exclude={"warm_start", "freeze", "checkpoint_activations", "compile"})
+    for side, tower in (("image", source.model.image_tower), ("text", source.model.text_tower)):
+        if settings[side]["kind"] == "huggingface":
+            config = tower.inner.config.to_diff_dict()
+            kept = {key: value for key, value in config.items() if key not in ("_name_or_path", "transformers_version")}
+            settings[side] |= {"name": None, "config": kept}
+    return settings
 
 
 def reload(folder: Path) -> Reloaded:

@@ -1,7 +1,7 @@
 """open_clip's local folders: `open_clip.create_model_and_transforms("local-dir:DIR")`.
 
 The towers wrap open_clip's own modules, so ViT or ResNet with a CLIP text tower is the plain CLIP layout under other
-names. A BERT text tower becomes open_clip's HFTextEncoder; its config lies in DIR/text_model.
+names. A timm tower becomes its TimmModel, a BERT-like text tower its HFTextEncoder with the config in DIR/text_model.
 """
 
 import importlib.metadata
@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from data_tools.errors import UserError
 from data_tools.files import write_json_atomic
 from pretrain.export.card import Guide, list_contrastive_limits
 from pretrain.export.compare import Reloaded
@@ -22,6 +23,8 @@ from pretrain.restore import LoadedRun
 from pretrain.torchvision_ops import prepare_torchvision
 
 CONFIG, WEIGHTS, TEXT_MODEL = "open_clip_config.json", "open_clip_model.safetensors", "text_model"
+
+POOLERS = {"first": "cls_last_hidden_state_pooler", "mean": "mean_pooler", "pooler": "cls_pooler"}
 
 USAGE = """
 import open_clip, torch
@@ -42,16 +45,16 @@ c['model_cfg']['text_cfg']['hf_model_name'] = str(p.parent / '{text_model}'); p.
 
 
 def write(source: LoadedRun, folder: Path, final: Path) -> Guide:
-    """Fill `folder`, which will lie at `final`."""
+    """Fill `folder`, which will lie at `final`. Raises UserError for towers that open_clip does not have."""
     config, tokenizer = source.config.model, source.tokenizer
     limits = list_contrastive_limits(source, "open_clip")
-    # Patch dropout is a way to train and not part of the model; open_clip returns models in training mode.
-    vision = {name: value for name, value in config.image.open_clip_config().items() if name != "patch_dropout"}
+    vision = build_vision(source)
     text = {"context_length": config.text.context_length, "vocab_size": tokenizer.vocab_size}
-    if config.text.kind == "bert":
+    if config.text.kind != "clip":
+        check_text(source)
         build_bert_config(source).save_pretrained(folder / TEXT_MODEL)
         text |= {"hf_model_name": str(final / TEXT_MODEL), "hf_model_pretrained": False}
-        text |= {"hf_pooler_type": "cls_pooler", "hf_proj_type": "linear"}
+        text |= {"hf_pooler_type": POOLERS[config.text.pooling], "hf_proj_type": "linear"}
         limits.append(MOVED.format(config=CONFIG, path=final / TEXT_MODEL, name=final.name, text_model=TEXT_MODEL))
         if config.tokenizer.kind == "clip":
             limits.append(
@@ -68,7 +71,7 @@ def write(source: LoadedRun, folder: Path, final: Path) -> Guide:
         )
         limits.append(f"On the hub, `hf_tokenizer_name` in {CONFIG} has to be the repository's name.")
     settings = {
-        "model_cfg": {"embed_dim": config.embed_dim, "vision_cfg": vision, "text_cfg": text},
+        "model_cfg": {"embed_dim": config.embed_dim, "vision_cfg": vision, "text_cfg": text, **find_activation(config)},
         "preprocess_cfg": {
             "mean": PIXEL_MEAN,
             "std": PIXEL_STD,
@@ -81,10 +84,53 @@ def write(source: LoadedRun, folder: Path, final: Path) -> Guide:
     return Guide("open_clip", USAGE.format(name=final.name), limits)
 
 
+def build_vision(source: LoadedRun) -> dict[str, Any]:
+    """open_clip's `vision_cfg`. Raises UserError for an image tower that it does not have."""
+    image, inner = source.config.model.image, source.model.image_tower.inner
+    if image.kind == "huggingface":
+        raise UserError(
+            "--to open_clip: it has no image towers of transformers (model.image.kind: huggingface). Use --to native"
+        )
+    if image.kind != "timm":
+        # Patch dropout is a way to train and not part of the model; open_clip returns models in training mode.
+        return {name: value for name, value in image.open_clip_config().items() if name != "patch_dropout"}
+    if image.settings or (hasattr(inner, "pos_embed") and image.image_size != inner.default_cfg["input_size"][-1]):
+        raise UserError(
+            "--to open_clip: it builds timm's models at their own image size and without model.image.settings. "
+            "Use --to native"
+        )
+    return {"image_size": image.image_size, "timm_model_name": image.name, "timm_pool": "", "timm_proj": "linear"}
+
+
+def check_text(source: LoadedRun) -> None:
+    """Raises UserError for an encoder of transformers that open_clip does not take."""
+    from open_clip.hf_configs import arch_dict
+
+    found = source.model.text_tower.inner.config.model_type
+    if found not in arch_dict:
+        raise UserError(
+            f"--to open_clip: takes no {found} as a text tower, only {', '.join(arch_dict)}. Use --to native"
+        )
+    if source.config.model.text.projection_bias:
+        raise UserError("--to open_clip: its projection has no bias (model.text.projection_bias). Use --to native")
+
+
+def find_activation(config: Any) -> dict[str, bool]:
+    """`quick_gelu` for both towers at once, as open_clip has it. Raises UserError where they differ."""
+    found = {getattr(tower, "activation", None) for tower in (config.image, config.text)} - {None}
+    if len(found) > 1:
+        raise UserError(
+            "--to open_clip: both towers need the same activation (model.image, model.text). Use --to native"
+        )
+    return {"quick_gelu": True} if found == {"quick_gelu"} else {}
+
+
 def rename_weights(source: LoadedRun) -> dict[str, Tensor]:
     """The two towers and the logit scale under open_clip's names."""
     names = {"image_tower.inner.": "visual.", "text_tower.inner.": ""}
-    if source.config.model.text.kind == "bert":
+    if source.config.model.image.kind == "timm":
+        names |= {"image_tower.inner.": "visual.trunk.", "image_tower.projection.": "visual.head.proj."}
+    if source.config.model.text.kind != "clip":
         names |= {"text_tower.inner.": "text.transformer.", "text_tower.projection.": "text.proj."}
     weights = {
         new + name.removeprefix(old): value.contiguous()

@@ -13,10 +13,17 @@ from torch.utils.checkpoint import checkpoint
 from pretrain.config import ConfigModel, Count, union_by_kind
 from pretrain.contract import Batch, ModelOutput
 from pretrain.data.text import TOKENIZERS, ClipTokenizerConfig, Tokenizer
+from pretrain.model.blocks import (
+    checkpoint_blocks,
+    compile_blocks,
+    freeze,
+    keep_frozen_in_evaluation,
+)
 from pretrain.model.fusion import FUSIONS
 from pretrain.model.negatives import MatchPairs, MatchPlan, plan_matches
 from pretrain.model.noise import Noise, pair_keys, replace_dropouts, row_keys
 from pretrain.model.towers import IMAGE_TOWERS, TEXT_TOWERS, Tower, unit
+from pretrain.model.warm_start import WARM_STARTS
 from pretrain.world import World
 
 # The pixel statistics of CLIP's training data (OpenAI), which every open_clip and Hugging Face CLIP expects.
@@ -34,6 +41,10 @@ class ModelConfig(ConfigModel):
     random_negatives: float = pydantic.Field(default=0.5, ge=0, le=1)  # share of the match negatives not drawn hard
     init_logit_scale: float = pydantic.Field(default=1 / 0.07, gt=0, le=MAX_LOGIT_SCALE)
     init_logit_bias: float | None = None  # for losses.sigmoid: -10 in SigLIP, with a scale of 10; none: no bias
+    warm_start: list[union_by_kind(WARM_STARTS)] = []  # weights to begin with, each source over the ones before
+    freeze: list[str] = []  # beginnings of parameter names that are not trained: [image_tower] is LiT
+    checkpoint_activations: bool = False  # keep none inside blocks: less memory, a third more time
+    compile: bool = False  # torch.compile, block by block
 
 
 class LogitScale(nn.Module):
@@ -67,14 +78,25 @@ class ImageTextModel(nn.Module):
         super().__init__()
         self.config, self.seed, self.world, self.noise = config, seed, world or World(), Noise()
         self.image_tower = config.image.build(config.embed_dim, self.world)
-        self.text_tower = config.text.build(config.embed_dim, tokenizer)
+        text_layer = config.fusion.text_layer if config.fusion else None
+        self.text_tower = config.text.build(config.embed_dim, tokenizer, text_layer)
         self.logit_scale = LogitScale(config.init_logit_scale)
         self.logit_bias = None if config.init_logit_bias is None else LogitBias(config.init_logit_bias)
         self.fusion = self.match_head = None
         if config.fusion:
-            self.fusion = config.fusion.build(self.image_tower.width, self.text_tower.width)
+            self.fusion = config.fusion.build(self.image_tower.width, self.text_tower)
             self.match_head = nn.Linear(self.fusion.width, 2)
         replace_dropouts(self, self.noise)
+        freeze(self, config.freeze)
+        if config.checkpoint_activations:
+            checkpoint_blocks(self, self.noise.checkpoint_contexts)
+        if config.compile:
+            compile_blocks(self)
+
+    def train(self, mode: bool = True) -> "ImageTextModel":
+        super().train(mode)
+        keep_frozen_in_evaluation(self, self.config.freeze)
+        return self
 
     def forward(self, batch: Batch, match: bool = True, pairs: MatchPairs | None = None) -> ModelOutput:
         """Embeddings of the batch, and the logits of its match pairs unless `match` is off.

@@ -3,18 +3,23 @@
 Shape legend: B pairs, N image tokens, L text tokens, D the tower's width, E embedding, H/W pixels.
 
 A tower's forward returns `Tower(tokens [B,N or L,D], pooled [B,E])`: `pooled` has been through the tower's own
-projection, because open_clip's towers and ResNet's attention pool carry it inside. `tower.width` is D.
+projection, because open_clip's towers and ResNet's attention pool carry it inside. `tower.width` is D, `tower.inner` the
+library's module. A text tower is built with `text_layer`, which the fusion chooses: its tokens are then those after so
+many of its layers (0: the embeddings), while `pooled` always comes from the last.
 """
 
-from typing import Literal, NamedTuple
+import inspect
+from typing import Any, Literal, NamedTuple
 
 import pydantic
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from data_tools.errors import suggest
 from pretrain.config import ConfigError, ConfigModel, Count, Ratio
 from pretrain.data.text import Tokenizer
+from pretrain.model.blocks import find_blocks
 from pretrain.torchvision_ops import prepare_torchvision
 from pretrain.world import World
 
@@ -22,6 +27,11 @@ from pretrain.world import World
 class Tower(NamedTuple):
     tokens: Tensor  # [B,N,D] or [B,L,D]
     pooled: Tensor  # [B,E]
+
+
+# quick_gelu is x sigmoid(1.702 x), as OpenAI's weights and a few others have it.
+Activation = Literal["gelu", "quick_gelu"]
+PatchShare = pydantic.Field(default=0.0, ge=0, lt=1)  # of the patches, left out in training (FLIP, arXiv:2212.00794)
 
 
 class VitConfig(ConfigModel):
@@ -34,7 +44,8 @@ class VitConfig(ConfigModel):
     layers: Count = 12
     head_width: Count = 64
     mlp_ratio: Ratio = 4.0
-    patch_dropout: float = pydantic.Field(default=0.0, ge=0, lt=1)
+    activation: Activation = "gelu"
+    patch_dropout: float = PatchShare
 
     @pydantic.model_validator(mode="after")
     def check_sizes(self) -> "VitConfig":
@@ -45,7 +56,7 @@ class VitConfig(ConfigModel):
         return self
 
     def open_clip_config(self) -> dict:
-        return self.model_dump(exclude={"kind"})
+        return self.model_dump(exclude={"kind", "activation"})
 
     def build(self, embed_dim: int, world: World) -> nn.Module:
         return Vit(self, embed_dim)
@@ -84,6 +95,7 @@ class ClipTextConfig(ConfigModel):
     heads: Count = 8
     layers: Count = 12
     mlp_ratio: Ratio = 4.0
+    activation: Activation = "gelu"
 
     @pydantic.model_validator(mode="after")
     def check_sizes(self) -> "ClipTextConfig":
@@ -92,23 +104,111 @@ class ClipTextConfig(ConfigModel):
         return self
 
     def open_clip_config(self) -> dict:
-        return self.model_dump(exclude={"kind"})
+        return self.model_dump(exclude={"kind", "activation"})
 
     def open_clip_pooling(self, tokenizer: Tokenizer) -> dict:
         """CLIP's own vocabulary pools at the largest id, its end mark; another one at its first end mark."""
         return {} if tokenizer.config.kind == "clip" else {"pool_type": "eos", "eos_id": tokenizer.end_id}
 
-    def build(self, embed_dim: int, tokenizer: Tokenizer) -> nn.Module:
+    def build(self, embed_dim: int, tokenizer: Tokenizer, text_layer: int | None) -> nn.Module:
         if tokenizer.end_id is None:
             raise ConfigError(
                 "model.text.kind: clip pools at the end mark, but this tokenizer ends texts with none. Use kind: bert, or "
                 "another tokenizer"
             )
-        return ClipText(self, embed_dim, tokenizer)
+        return ClipText(self, embed_dim, tokenizer, text_layer)
+
+
+class TimmConfig(ConfigModel):
+    """Any of timm's image models by name; its features are the tokens, its own pooling (before the classifier) is kept."""
+
+    kind: Literal["timm"]
+    name: str  # such as vit_base_patch16_224, convnext_tiny
+    image_size: Count = 224  # pixels
+    settings: dict[str, Any] = {}  # further arguments of timm.create_model, such as drop_path_rate
+    patch_dropout: float = PatchShare
+
+    def build(self, embed_dim: int, world: World) -> nn.Module:
+        return Timm(self, embed_dim, world)
+
+
+Pooling = Literal["first", "mean", "pooler"]
+
+
+class HuggingfaceConfig(ConfigModel):
+    """A model of transformers, its shape given by a folder or hub name, or by the config's own keys.
+
+    This gives the architecture only; weights come from `model.warm_start`. Of a two-sided model (CLIP, SigLIP, BLIP) the
+    side that belongs here is taken.
+    """
+
+    kind: Literal["huggingface"]
+    name: str | None = None  # folder or hub name
+    config: dict[str, Any] = {}  # instead, or on top: model_type and the keys of that config class
+    pooling: Pooling = "pooler"  # the last layer's first token, the mean of its real ones, or the model's own way
+    projection_bias: bool = False
+
+    @pydantic.model_validator(mode="after")
+    def check_source(self) -> "HuggingfaceConfig":
+        if (self.name is None) != ("model_type" in self.config):
+            raise ValueError(
+                "give either name (a folder or hub name) or config with a model_type, such as {model_type: vit}"
+            )
+        return self
+
+    def read(self, where: str, side: str) -> Any:
+        """transformers' config object. `side` is vision_config or text_config. Raises ConfigError."""
+        prepare_torchvision()
+        import transformers
+        from huggingface_hub.errors import StrictDataclassError
+
+        settings = dict(self.config)
+        model_type = settings.pop("model_type", None)
+        try:
+            if self.name is None:
+                config = transformers.AutoConfig.for_model(model_type)
+                self.check_keys(settings, config, where)
+                return transformers.AutoConfig.for_model(model_type, **settings)
+            config = transformers.AutoConfig.from_pretrained(self.name)
+            config = getattr(config, side, config)
+            self.check_keys(settings, config, where)
+            for key, value in settings.items():
+                setattr(config, key, value)
+            return config
+        except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise ConfigError(f"{where}: transformers cannot read this config: {reason}") from None
+
+    def check_keys(self, settings: dict[str, Any], config: Any, where: str) -> None:
+        """Raises ConfigError for a key that this config class does not have; transformers would take it in silence."""
+        for key in settings:
+            if not hasattr(config, key):
+                near = suggest(key, list(config.to_dict()))
+                raise ConfigError(f"{where}.config.{key}: a {config.model_type} has no such key.{near}")
+
+
+class HuggingfaceImageConfig(HuggingfaceConfig):
+    """A vision model of transformers: ViT, CLIP's, SigLIP's, BLIP's, DINOv2, ..."""
+
+    image_size: Count = 224  # pixels
+    patch_dropout: float = PatchShare
+
+    def build(self, embed_dim: int, world: World) -> nn.Module:
+        return HuggingfaceImage(self, embed_dim, world)
+
+
+class HuggingfaceTextConfig(HuggingfaceConfig):
+    """A text encoder of transformers: BERT, RoBERTa, DistilBERT, MPNet, ModernBERT, ..."""
+
+    context_length: Count = 77  # tokens
+    pooling: Pooling = "first"
+
+    def build(self, embed_dim: int, tokenizer: Tokenizer, text_layer: int | None) -> nn.Module:
+        return HuggingfaceText(self, embed_dim, tokenizer, text_layer)
 
 
 class BertConfig(ConfigModel):
-    """A BERT encoder from transformers, trained from scratch, pooled at the first token."""
+    """BERT's encoder from transformers, by its sizes."""
 
     kind: Literal["bert"]
     context_length: Count = 77  # tokens
@@ -116,7 +216,9 @@ class BertConfig(ConfigModel):
     heads: Count = 12
     layers: Count = 12
     mlp_ratio: Ratio = 4.0
-    dropout: float = pydantic.Field(default=0.1, ge=0, lt=1)
+    dropout: float = pydantic.Field(default=0.1, ge=0, lt=1)  # of embeddings and branches; attention weights have none
+    pooling: Literal["first", "pooler"] = "pooler"  # the first token, as BLIP; or BERT's dense layer and tanh on it
+    projection_bias: bool = False  # BLIP has one
 
     @pydantic.model_validator(mode="after")
     def check_sizes(self) -> "BertConfig":
@@ -124,12 +226,21 @@ class BertConfig(ConfigModel):
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
         return self
 
-    def build(self, embed_dim: int, tokenizer: Tokenizer) -> nn.Module:
-        return Bert(self, embed_dim, tokenizer.vocab_size)
+    def build(self, embed_dim: int, tokenizer: Tokenizer, text_layer: int | None) -> nn.Module:
+        return Bert(self, embed_dim, tokenizer.vocab_size, text_layer)
 
 
-IMAGE_TOWERS: dict[str, type[ConfigModel]] = {"vit": VitConfig, "resnet": ResNetConfig}
-TEXT_TOWERS: dict[str, type[ConfigModel]] = {"clip": ClipTextConfig, "bert": BertConfig}
+IMAGE_TOWERS: dict[str, type[ConfigModel]] = {
+    "vit": VitConfig,
+    "resnet": ResNetConfig,
+    "timm": TimmConfig,
+    "huggingface": HuggingfaceImageConfig,
+}
+TEXT_TOWERS: dict[str, type[ConfigModel]] = {
+    "clip": ClipTextConfig,
+    "bert": BertConfig,
+    "huggingface": HuggingfaceTextConfig,
+}
 
 
 class Vit(nn.Module):
@@ -139,7 +250,7 @@ class Vit(nn.Module):
         from open_clip.model import CLIPVisionCfg, _build_vision_tower
 
         settings = CLIPVisionCfg(**config.open_clip_config(), output_tokens=True)
-        self.inner = _build_vision_tower(embed_dim, settings)
+        self.inner = _build_vision_tower(embed_dim, settings, quick_gelu=config.activation == "quick_gelu")
         self.width = config.width
 
     def forward(self, image: Tensor) -> Tower:
@@ -166,6 +277,67 @@ class ResNet(nn.Module):
         return Tower(features.flatten(2).transpose(1, 2), inner.attnpool(features))
 
 
+class Timm(nn.Module):
+    def __init__(self, config: TimmConfig, embed_dim: int, world: World):
+        super().__init__()
+        prepare_torchvision()
+        import timm
+
+        if not timm.is_model(config.name):
+            raise ConfigError(
+                f"model.image.name: timm has no model '{config.name}'.{suggest(config.name, timm.list_models())} All of "
+                "them: python -c 'import timm; print(timm.list_models())'"
+            )
+        self.inner = use_global_batch_norm(create_timm(config), world)
+        self.width = self.inner.num_features
+        pooled_width = getattr(self.inner, "head_hidden_size", self.width) or self.width
+        self.projection = build_projection(pooled_width, embed_dim, bias=False)
+        self.channels_last = getattr(self.inner, "output_fmt", "NCHW") == "NHWC"
+        if config.patch_dropout:
+            # Other kinds of patch_drop belong to positions that have to be dropped along.
+            if (
+                not isinstance(getattr(self.inner, "patch_drop", None), nn.Identity)
+                or self.inner.num_prefix_tokens != 1
+            ):
+                raise refuse_patch_dropout(config.name)
+            self.inner.patch_drop = build_patch_dropout(config.patch_dropout)
+
+    def forward(self, image: Tensor) -> Tower:
+        """[B,3,H,W] normalised pixels."""
+        features = self.inner.forward_features(image)
+        return Tower(
+            as_tokens(features, self.channels_last), self.projection(self.inner.forward_head(features, pre_logits=True))
+        )
+
+
+class HuggingfaceImage(nn.Module):
+    def __init__(self, config: HuggingfaceImageConfig, embed_dim: int, world: World):
+        super().__init__()
+        settings = config.read("model.image", "vision_config")
+        if hasattr(settings, "image_size"):
+            settings.image_size = config.image_size
+        keep_attention_weights(settings)
+        self.inner = use_global_batch_norm(build_huggingface(settings, config.pooling, "model.image"), world)
+        self.pooling = config.pooling
+        self.width = width_of(settings)
+        self.projection = build_projection(self.width, embed_dim, config.projection_bias)
+        if config.patch_dropout:
+            embeddings = getattr(self.inner, "embeddings", None)
+            if not any(hasattr(embeddings, name) for name in ("cls_token", "class_embedding")):
+                raise refuse_patch_dropout(settings.model_type)
+            self.patch_dropout = build_patch_dropout(config.patch_dropout)
+            self.inner.embeddings.register_forward_hook(self.drop_patches)
+
+    def forward(self, image: Tensor) -> Tower:
+        """[B,3,H,W] normalised pixels."""
+        output = self.inner(pixel_values=image)
+        tokens = as_tokens(output.last_hidden_state)
+        return Tower(tokens, self.projection(pool(output, tokens, None, self.pooling)))
+
+    def drop_patches(self, embeddings: nn.Module, arguments: tuple, tokens: Tensor) -> Tensor:
+        return self.patch_dropout(tokens)
+
+
 class GlobalBatchNorm2d(nn.BatchNorm2d):
     """Batch normalisation over the global batch, on any device; the statistics' gradients cross the ranks.
 
@@ -175,8 +347,10 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
     world: World
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(x)
+        y = self.normalise(x) if self.training else nn.BatchNorm2d.forward(self, x)
+        return self.act(self.drop(y)) if hasattr(self, "act") else y  # timm's BatchNormAct2d carries its activation
+
+    def normalise(self, x: Tensor) -> Tensor:
         y = x if x.dtype == torch.float64 else x.float()
         count = y.numel() // y.shape[1] * self.world.size
         mean = self.world.all_reduce(y.sum((0, 2, 3))) / count
@@ -191,16 +365,38 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
 
 
 def use_global_batch_norm(module: nn.Module, world: World) -> nn.Module:
-    """Turn every BatchNorm2d below `module` into a GlobalBatchNorm2d, in place, weights and names kept."""
+    """Turn every BatchNorm2d below `module`, timm's with activation too, into a GlobalBatchNorm2d, weights and names kept."""
     for child in module.modules():
-        if type(child) is nn.BatchNorm2d:
+        if isinstance(child, nn.BatchNorm2d):
             child.__class__ = GlobalBatchNorm2d
             child.world = world
     return module
 
 
+class TokenTap:
+    """The tokens after `layer` of a tower's layers: what the next one is given. None, or all layers: the tower's output."""
+
+    def __init__(self, tower: nn.Module, layer: int | None):
+        blocks = list(find_blocks(tower).values())
+        if layer is not None and layer > len(blocks):
+            raise ConfigError(f"model.fusion.from_layer: is {layer}, but the text tower has {len(blocks)} layers")
+        self.taken: Tensor | None = None
+        if layer is not None and layer < len(blocks):
+            blocks[layer].register_forward_pre_hook(self.take, with_kwargs=True)
+
+    def take(self, block: nn.Module, arguments: tuple, named: dict) -> None:
+        self.taken = arguments[0] if arguments else named["hidden_states"]
+
+    def tokens(self, output: Tensor) -> Tensor:
+        """What was taken in this forward; `output` where nothing is."""
+        taken, self.taken = self.taken, None
+        return output if taken is None else taken
+
+
 class ClipText(nn.Module):
-    def __init__(self, config: ClipTextConfig, embed_dim: int, tokenizer: Tokenizer):
+    bert_layers = None
+
+    def __init__(self, config: ClipTextConfig, embed_dim: int, tokenizer: Tokenizer, text_layer: int | None):
         super().__init__()
         prepare_torchvision()
         from open_clip.model import CLIPTextCfg, _build_text_tower
@@ -209,18 +405,20 @@ class ClipText(nn.Module):
         settings = CLIPTextCfg(
             **config.open_clip_config(), **pooling, vocab_size=tokenizer.vocab_size, output_tokens=True
         )
-        self.inner = _build_text_tower(embed_dim, settings)
+        self.inner = _build_text_tower(embed_dim, settings, quick_gelu=config.activation == "quick_gelu")
         self.width = config.width
+        self.tap = TokenTap(self.inner, text_layer)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tower:
         """[B,L] token ids; the mask is not needed: padding follows the end mark, which attends only to what is before."""
         pooled, tokens = self.inner(ids)
-        return Tower(tokens, pooled)
+        return Tower(self.tap.tokens(tokens), pooled)
 
 
 class Bert(nn.Module):
-    def __init__(self, config: BertConfig, embed_dim: int, vocab_size: int):
+    def __init__(self, config: BertConfig, embed_dim: int, vocab_size: int, text_layer: int | None):
         super().__init__()
+        prepare_torchvision()
         import transformers
 
         settings = transformers.BertConfig(
@@ -231,17 +429,135 @@ class Bert(nn.Module):
             intermediate_size=int(config.width * config.mlp_ratio),
             max_position_embeddings=config.context_length,
             hidden_dropout_prob=config.dropout,
-            attention_probs_dropout_prob=0.0,  # fused attention cannot drop by position; see pretrain.model.noise
+            attention_probs_dropout_prob=0.0,  # fused kernels draw it by their own generator, not by sample
         )
-        self.inner = transformers.BertModel(settings)  # its pooler is kept: VisionTextDualEncoderModel projects that
-        self.projection = nn.Linear(config.width, embed_dim, bias=False)
-        nn.init.normal_(self.projection.weight, std=config.width**-0.5)
+        # With the pooler where it is used: VisionTextDualEncoderModel projects what it gives.
+        self.inner = transformers.BertModel(settings, add_pooling_layer=config.pooling == "pooler")
+        self.pooling = config.pooling
         self.width = config.width
+        self.projection = build_projection(config.width, embed_dim, config.projection_bias)
+        self.tap = TokenTap(self.inner, text_layer)
+
+    @property
+    def bert_layers(self) -> nn.ModuleList:
+        return self.inner.encoder.layer
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tower:
         """[B,L] token ids, [B,L] bool mask."""
-        hidden = self.inner(input_ids=ids, attention_mask=mask.long())
-        return Tower(hidden.last_hidden_state, self.projection(hidden.pooler_output))
+        output = self.inner(input_ids=ids, attention_mask=mask.long())
+        pooled = self.projection(pool(output, output.last_hidden_state, mask, self.pooling))
+        return Tower(self.tap.tokens(output.last_hidden_state), pooled)
+
+
+class HuggingfaceText(nn.Module):
+    def __init__(self, config: HuggingfaceTextConfig, embed_dim: int, tokenizer: Tokenizer, text_layer: int | None):
+        super().__init__()
+        settings = config.read("model.text", "text_config")
+        if config.name is None and "vocab_size" not in config.config:
+            settings.vocab_size = tokenizer.vocab_size
+        if settings.vocab_size < tokenizer.vocab_size:
+            raise ConfigError(
+                f"model.text: the model has {settings.vocab_size} ids and the tokenizer {tokenizer.vocab_size}. Set "
+                "model.tokenizer to the model's own: {kind: huggingface, name: ...}"
+            )
+        keep_attention_weights(settings)
+        self.inner = build_huggingface(settings, config.pooling, "model.text")
+        self.pooling = config.pooling
+        self.width = width_of(settings)
+        self.projection = build_projection(self.width, embed_dim, config.projection_bias)
+        self.tap = TokenTap(self.inner, text_layer)
+
+    @property
+    def bert_layers(self) -> nn.ModuleList | None:
+        """The layers, if they are made as BERT's are (RoBERTa's, ELECTRA's, ...), else None."""
+        layers = getattr(getattr(self.inner, "encoder", None), "layer", None)
+        alike = layers is not None and all(hasattr(layers[0], part) for part in ("attention", "intermediate", "output"))
+        return layers if alike else None
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tower:
+        """[B,L] token ids, [B,L] bool mask."""
+        output = self.inner(input_ids=ids, attention_mask=mask.long())
+        pooled = self.projection(pool(output, output.last_hidden_state, mask, self.pooling))
+        return Tower(self.tap.tokens(output.last_hidden_state), pooled)
+
+
+def create_timm(config: TimmConfig) -> nn.Module:
+    """timm's model without its classifier, with positions for `image_size` where it has any."""
+    import timm
+
+    settings = {"pretrained": False, "num_classes": 0, **config.settings}
+    try:
+        return timm.create_model(config.name, img_size=config.image_size, **settings)
+    except TypeError as error:
+        if "img_size" not in str(error):
+            raise ConfigError(f"model.image.settings: timm's {config.name}: {error}") from None
+    return timm.create_model(config.name, **settings)  # a convolutional network, which takes any size
+
+
+def build_huggingface(settings: Any, pooling: Pooling, where: str) -> nn.Module:
+    """The module of a transformers config, without a pooler that would not be trained. Raises ConfigError."""
+    import transformers
+
+    try:
+        if settings.model_type == "blip_vision_model":  # the one vision model that AutoModel does not list
+            model_class = transformers.BlipVisionModel
+        else:
+            model_class = transformers.MODEL_MAPPING[type(settings)]
+    except KeyError:
+        raise ConfigError(f"{where}: transformers has no encoder for model_type '{settings.model_type}'") from None
+    takes_pooler = "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
+    return model_class(settings, **({"add_pooling_layer": pooling == "pooler"} if takes_pooler else {}))
+
+
+def keep_attention_weights(settings: Any) -> None:
+    """No dropout inside attention, in place: fused kernels draw it by their own generator, not by sample."""
+    for key in ("attention_probs_dropout_prob", "attention_dropout"):
+        if hasattr(settings, key):
+            setattr(settings, key, 0.0)
+
+
+def pool(output: Any, tokens: Tensor, mask: Tensor | None, pooling: Pooling) -> Tensor:
+    """[B,D] of a transformers output and its tokens [B,*,D]. Raises ConfigError for a model without a pooler."""
+    if pooling == "pooler":
+        if getattr(output, "pooler_output", None) is None:
+            raise ConfigError("model: this model of transformers has no pooler of its own. Set pooling=first or mean")
+        return output.pooler_output.flatten(1)
+    if pooling == "first":
+        return tokens[:, 0]
+    share = tokens.new_ones(tokens.shape[:2])[..., None] if mask is None else mask.to(tokens.dtype)[..., None]
+    return (tokens * share).sum(1) / share.sum(1)
+
+
+def as_tokens(features: Tensor, channels_last: bool = False) -> Tensor:
+    """[B,N,D] as it is; a map [B,D,h,w], or [B,h,w,D] with `channels_last`, to [B,hw,D]."""
+    if features.ndim == 3:
+        return features
+    return features.flatten(1, 2) if channels_last else features.flatten(2).transpose(1, 2)
+
+
+def build_projection(width: int, embed_dim: int, bias: bool) -> nn.Linear:
+    projection = nn.Linear(width, embed_dim, bias)
+    nn.init.normal_(projection.weight, std=width**-0.5)
+    if bias:
+        nn.init.zeros_(projection.bias)
+    return projection
+
+
+def build_patch_dropout(share: float) -> nn.Module:
+    """open_clip's, between a class token and the blocks."""
+    from open_clip.transformer import PatchDropout
+
+    return PatchDropout(share)
+
+
+def refuse_patch_dropout(name: str) -> ConfigError:
+    return ConfigError(f"model.image.patch_dropout: {name} has no class token followed by patches to drop. Set it to 0")
+
+
+def width_of(settings: Any) -> int:
+    """The width of a transformers model's last tokens."""
+    sizes = getattr(settings, "hidden_sizes", None)  # of a convolutional network, stage by stage
+    return settings.hidden_size if sizes is None else sizes[-1]
 
 
 def unit(x: Tensor) -> Tensor:

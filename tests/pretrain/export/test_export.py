@@ -37,12 +37,25 @@ IMAGE_TOWERS = {
     "vit": {"kind": "vit", "image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16,
             "patch_dropout": 0.5},
     "resnet": {"kind": "resnet", "image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 32},
+    "quick": {"kind": "vit", "image_size": 32, "patch_size": 8, "width": 32, "layers": 1, "head_width": 16,
+              "activation": "quick_gelu"},
+    "timm": {"kind": "timm", "name": "test_resnet", "image_size": 32},
+    "blip": {"kind": "huggingface", "image_size": 32, "pooling": "first", "projection_bias": True,
+             "config": {"model_type": "blip_vision_model", "hidden_size": 32, "num_hidden_layers": 2,
+                        "num_attention_heads": 2, "intermediate_size": 64, "patch_size": 8}},
 }  # fmt: skip
 TEXT_TOWERS = {
     "clip": {"kind": "clip", "context_length": 16, "width": 32, "heads": 4, "layers": 2},
     "bert": {"kind": "bert", "context_length": 16, "width": 32, "heads": 4, "layers": 2},
-}
-FUSION = {"kind": "cross", "width": 32, "layers": 1, "heads": 4}
+    "quick": {"kind": "clip", "context_length": 16, "width": 32, "heads": 4, "layers": 1, "activation": "quick_gelu"},
+    "roberta": {"kind": "huggingface", "context_length": 16, "pooling": "mean",
+                "config": {"model_type": "roberta", "hidden_size": 32, "num_hidden_layers": 2, "pad_token_id": 1,
+                           "num_attention_heads": 2, "intermediate_size": 64, "max_position_embeddings": 20}},
+    "blip": {"kind": "bert", "context_length": 16, "width": 32, "heads": 4, "layers": 2, "pooling": "first",
+             "projection_bias": True},
+}  # fmt: skip
+CROSS = {"kind": "cross", "width": 32, "layers": 1, "heads": 4}
+FUSIONS = {"blip": {"kind": "med"}}  # by text tower; any other has CROSS
 CAPTIONS = ["a dog runs!", "two cats &amp; a dog", "wow! so red", "the cat's asleep", "3 children; one ball"]
 TEXTS = ["A dog runs!", "the cat's asleep", "3 children, one ball", "a long caption " * 20]
 TOLERANCE = 1e-5
@@ -131,7 +144,7 @@ def write_run(run, key, shards, word_pieces):
             "image": IMAGE_TOWERS[image],
             "text": TEXT_TOWERS[text],
             "tokenizer": {"kind": "clip"} if tokenizer == "clip" else {"kind": "huggingface", "name": str(word_pieces)},
-            "fusion": FUSION,
+            "fusion": FUSIONS.get(text, CROSS),
         },
         "losses": {"matching": {}},
         "train": {"batch_size": 4, "duration": "7 steps"},
@@ -182,11 +195,16 @@ def embed_with_run(run, pictures, texts):
 
 
 ALL_RUNS = [
-    (image, text, tokenizer) for image in IMAGE_TOWERS for text in TEXT_TOWERS for tokenizer in ("clip", "pieces")
+    (image, text, tokenizer)
+    for image in ("vit", "resnet")
+    for text in ("clip", "bert")
+    for tokenizer in ("clip", "pieces")
 ]
+OTHER_RUNS = [("timm", "roberta", "pieces"), ("quick", "quick", "clip")]
+BLIP_RUNS = [("blip", "blip", "clip"), ("blip", "blip", "pieces")]
 
 
-@pytest.mark.parametrize("towers", ALL_RUNS, ids="-".join)
+@pytest.mark.parametrize("towers", ALL_RUNS + OTHER_RUNS, ids="-".join)
 def test_open_clip_loads_the_folder(towers, build_run, build_export, pictures):
     import open_clip
 
@@ -198,20 +216,22 @@ def test_open_clip_loads_the_folder(towers, build_run, build_export, pictures):
     with torch.no_grad():
         assert_close(model.encode_image(pixels, normalize=True), image)
         assert_close(model.encode_text(tokenizer(TEXTS), normalize=True), text)
-    assert isinstance(model, open_clip.CLIP if towers[1] == "clip" else open_clip.CustomTextCLIP)
+    assert isinstance(model, open_clip.CLIP if towers[1] in ("clip", "quick") else open_clip.CustomTextCLIP)
     assert model.logit_scale.shape == () and model.logit_scale.item() == pytest.approx(3.0, abs=1e-6)
     for picture, ours in zip(pictures, pixels, strict=True):
         assert pixel_difference(preprocess(Image.fromarray(picture)), ours) <= 2
 
 
-@pytest.mark.parametrize("towers", [towers for towers in ALL_RUNS if towers[0] == "vit"], ids="-".join)
+@pytest.mark.parametrize(
+    "towers", [towers for towers in ALL_RUNS + OTHER_RUNS if towers[0] in ("vit", "quick")], ids="-".join
+)
 def test_transformers_loads_the_folder(towers, build_run, build_export, pictures):
     import transformers
 
     run, out = build_run(*towers), build_export("huggingface", *towers)
-    names = {"clip": ("CLIPModel", "CLIPProcessor")}.get(
-        towers[1], ("VisionTextDualEncoderModel", "VisionTextDualEncoderProcessor")
-    )
+    names = ("CLIPModel", "CLIPProcessor")
+    if towers[1] == "bert":
+        names = ("VisionTextDualEncoderModel", "VisionTextDualEncoderProcessor")
     model, processor = (getattr(transformers, name).from_pretrained(out) for name in names)
     assert type(transformers.AutoProcessor.from_pretrained(out)) is type(processor)
     inputs = processor(text=TEXTS, padding="max_length", truncation=True, return_tensors="pt")
@@ -241,14 +261,73 @@ def test_tokenizer_json_alone_does_not_take_signs_for_padding(build_export):
 @pytest.mark.parametrize(("to", "towers"), [
     ("open_clip", ("vit", "clip", "pieces")),
     ("huggingface", ("vit", "bert", "pieces")),
+    ("blip", ("blip", "blip", "pieces")),
     ("native", ("vit", "clip", "pieces")),
+    ("native", ("timm", "roberta", "pieces")),
 ])  # fmt: skip
 def test_no_file_names_a_place_of_this_machine(to, towers, build_export, tmp_path_factory):
     for path in build_export(to, *towers).rglob("*.*"):
         assert str(tmp_path_factory.getbasetemp()).encode() not in path.read_bytes(), path.name
 
 
-@pytest.mark.parametrize("towers", ALL_RUNS, ids="-".join)
+@pytest.mark.parametrize("towers", BLIP_RUNS, ids="-".join)
+def test_transformers_loads_blip(towers, build_run, build_export, pictures):
+    from transformers import AutoImageProcessor, AutoTokenizer, BlipForImageTextRetrieval
+
+    run, out = build_run(*towers), build_export("blip", *towers)
+    model, told = BlipForImageTextRetrieval.from_pretrained(out, output_loading_info=True)
+    assert not any(told.values())
+    inputs = AutoTokenizer.from_pretrained(out)(
+        TEXTS[:3], padding="max_length", truncation=True, return_tensors="pt", return_token_type_ids=False
+    )
+    source = load_run(run)
+    ids, mask = source.tokenizer(TEXTS[:3])
+    assert torch.equal(inputs["input_ids"], ids) and torch.equal(inputs["attention_mask"].bool(), mask)
+    pixels, image, text = embed_with_run(run, pictures, TEXTS[:3])
+    for picture, ours in zip(pictures, pixels, strict=True):
+        theirs = AutoImageProcessor.from_pretrained(out)(images=Image.fromarray(picture), return_tensors="pt")
+        assert pixel_difference(theirs["pixel_values"][0], ours) <= 2
+    with torch.no_grad():
+        seen, read = source.model.image_tower(pixels), source.model.encode_text(ids, mask)
+        logits = source.model.match_pairs(read.tokens, mask, seen.tokens)
+        assert_close(model.eval()(pixel_values=pixels, **inputs).itm_score, logits)
+        assert_close(model(pixel_values=pixels, **inputs, use_itm_head=False).itm_score, image @ text.T)
+
+
+@pytest.mark.parametrize(("to", "towers", "message"), [
+    ("blip", ("vit", "clip", "clip"), "model.image is vit where BlipForImageTextRetrieval has blip_vision_model"),
+    ("blip", ("blip", "bert", "clip"), "model.text.pooling is pooler"),
+    ("open_clip", ("blip", "clip", "clip"), "no image towers of transformers"),
+    ("open_clip", ("vit", "blip", "clip"), "its projection has no bias"),
+    ("open_clip", ("vit", "quick", "clip"), "both towers need the same activation"),
+    ("huggingface", ("vit", "roberta", "pieces"), "takes a text tower of kind clip or bert"),
+    ("huggingface", ("vit", "blip", "clip"), "projects BERT's pooler, without a bias"),
+])  # fmt: skip
+def test_what_a_format_cannot_hold_is_refused(to, towers, message, build_run, tmp_path, capsys):
+    assert export(build_run(*towers), to, tmp_path / "export") == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error and "--to native" in error and "\n" not in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_native_export_carries_no_place_and_nothing_of_training(build_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(build_run("blip", "roberta", "pieces"), run)
+    load_run(run).model.image_tower.inner.config.save_pretrained(tmp_path / "vision")
+    config = load_run(run).config.model_dump()
+    config["model"]["image"] |= {"name": str(tmp_path / "vision"), "config": {}}
+    config["model"] |= {"freeze": ["image_tower"], "checkpoint_activations": True}
+    config["model"]["warm_start"] = [{"kind": "native", "path": "/gone"}]
+    (run / "config.yaml").write_text(render_config(check_config(config, RunConfig, "test")))
+    assert export(run, "native", tmp_path / "export") == 0
+    shutil.rmtree(tmp_path / "vision")
+    loaded = load(tmp_path / "export")
+    assert all(parameter.requires_grad for parameter in loaded.model.parameters())
+    assert not loaded.config.warm_start and not loaded.config.checkpoint_activations
+    assert str(tmp_path) not in (tmp_path / "export" / "config.json").read_text()
+
+
+@pytest.mark.parametrize("towers", ALL_RUNS + OTHER_RUNS + BLIP_RUNS, ids="-".join)
 def test_load_gives_the_whole_model_back(towers, build_run, build_export, pictures, tmp_path):
     run, moved = build_run(*towers), tmp_path / "moved"
     shutil.copytree(build_export("native", *towers), moved)  # nothing in it depends on its place
@@ -314,7 +393,8 @@ def write_run_without_fusion(whole, run):
 
 @pytest.mark.parametrize("to", EXPORTS)
 def test_the_logit_scale_is_capped_as_in_training(to, build_run, tmp_path):
-    run = build_run("vit", "clip", "clip", 6.0)  # the model itself goes no further than 100
+    towers = ("blip", "blip", "clip") if to == "blip" else ("vit", "clip", "clip")
+    run = build_run(*towers, 6.0)  # the model itself goes no further than 100
     assert export(run, to, tmp_path / "export") == 0
     assert EXPORTS[to].reload(tmp_path / "export").logit_scale == pytest.approx(100)
 
@@ -325,6 +405,7 @@ def test_the_logit_scale_is_capped_as_in_training(to, build_run, tmp_path):
     ("huggingface", ("vit", "clip", "clip")),
     ("huggingface", ("vit", "clip", "pieces")),
     ("huggingface", ("vit", "bert", "pieces")),
+    ("blip", ("blip", "blip", "pieces")),
     ("native", ("resnet", "bert", "clip")),
 ])  # fmt: skip
 def test_the_code_in_the_model_card_runs(to, towers, build_run, tmp_path, monkeypatch, capsys):
@@ -342,7 +423,7 @@ def test_the_code_in_the_model_card_runs(to, towers, build_run, tmp_path, monkey
     ):
         assert line in card and line in printed
     assert "| steps | 7 |" in card and "| samples seen | 28 |" in card and "| trained on | train |" in card
-    assert ("match head are not here" in card) == (to != "native")
+    assert ("match head are not here" in card) == (to not in ("native", "blip"))
     assert str(tmp_path) not in card.replace(str(tmp_path / "my-model" / "text_model"), "")
 
 

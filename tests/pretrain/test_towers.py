@@ -1,0 +1,371 @@
+"""Towers of every kind against their own library, and what is done to them block by block."""
+
+import copy
+import math
+import re
+
+import parity
+import pytest
+import torch
+import yaml
+from paths import ROOT
+from ranks import run_on_ranks
+from torch import Tensor, nn
+
+from pretrain.config import ConfigError, check_config
+from pretrain.engine import EngineConfig, parameter_groups
+from pretrain.model.blocks import checkpoint_blocks, compile_blocks, find_blocks, learning_rate_scales, no_contexts
+from pretrain.model.fusion import FUSIONS
+from pretrain.model.model import ImageTextModel, ModelConfig, build_model
+from pretrain.model.towers import IMAGE_TOWERS, TEXT_TOWERS, GlobalBatchNorm2d
+from pretrain.torchvision_ops import prepare_torchvision
+from pretrain.world import World
+
+prepare_torchvision()
+
+EMBED = 12
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+IMAGES = {
+    "vit": parity.IMAGE_TOWERS["vit"],
+    "resnet": parity.IMAGE_TOWERS["resnet"],
+    "timm vit": {"kind": "timm", "name": "test_vit", "image_size": 32},
+    "timm resnet": {"kind": "timm", "name": "test_resnet", "image_size": 32},
+    "timm efficientnet": {"kind": "timm", "name": "test_efficientnet", "image_size": 32},
+    **{
+        name: {"kind": "huggingface", "image_size": 32, "config": {"model_type": name, "patch_size": 8, **SIZES}}
+        for name in ("vit_", "clip_vision_model", "siglip_vision_model", "blip_vision_model")
+    },
+}
+IMAGES["vit_"]["config"]["model_type"] = "vit"
+DINO = {"model_type": "dinov2", "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+IMAGES["dinov2"] = {"kind": "huggingface", "image_size": 32, "config": DINO}
+TEXTS = {
+    "clip": parity.TEXT_TOWERS["clip"],
+    "bert": parity.TEXT_TOWERS["bert"],
+    **{
+        name: {
+            "kind": "huggingface",
+            "context_length": 12,
+            "config": {"model_type": name, "vocab_size": 50000, "max_position_embeddings": 32, **SIZES},
+        }
+        for name in ("bert_", "roberta", "electra")
+    },
+}
+TEXTS["bert_"]["config"]["model_type"] = "bert"
+TEXTS["bert with dropout"] = TEXTS["bert"] | {"dropout": 0.2}
+CROSS = {"kind": "cross", "width": 32, "layers": 1, "heads": 2}
+
+
+def build_image_tower(name: str, **changes: object) -> nn.Module:
+    torch.manual_seed(0)
+    values = IMAGES[name] | changes
+    return check_config(values, IMAGE_TOWERS[values["kind"]], "test").build(EMBED, World())
+
+
+def build_text_tower(name: str, text_layer: int | None = None, **changes: object) -> nn.Module:
+    torch.manual_seed(0)
+    values = TEXTS[name] | changes
+    return check_config(values, TEXT_TOWERS[values["kind"]], "test").build(EMBED, parity.TOKENIZER, text_layer)
+
+
+def build(image: str, text: str, fusion: dict | None = None, **changes: object) -> ImageTextModel:
+    values = {"embed_dim": EMBED, "image": IMAGES[image], "text": TEXTS[text], "fusion": fusion, **changes}
+    return build_model(check_config(values, ModelConfig, "test"), parity.TOKENIZER)
+
+
+def draw_pixels(rows: int = 3) -> Tensor:
+    return torch.randn(rows, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def draw_texts(rows: int = 3) -> tuple[Tensor, Tensor]:
+    batch = parity.make_batch(parity.model_config("vit", "clip"), 0, World())
+    ids, mask = batch.ids[:rows].clone(), batch.mask[:rows].clone()
+    ids[1, 5:], mask[1, 5:] = 0, False
+    ids[1, 4] = parity.VOCAB_SIZE - 1
+    return ids, mask
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_an_image_tower_says_its_width_and_runs_in_bf16(name: str) -> None:
+    tower = build_image_tower(name).bfloat16()
+    output = tower(draw_pixels().bfloat16())
+    assert output.tokens.shape[0] == 3 and output.tokens.shape[2] == tower.width and output.tokens.ndim == 3
+    assert output.pooled.shape == (3, EMBED) and output.pooled.dtype == output.tokens.dtype == torch.bfloat16
+    (output.pooled.sum() + output.tokens.sum()).backward()
+    without = {n for n, p in tower.named_parameters() if p.grad is None or not p.grad.isfinite().all()}
+    assert without <= {"inner.embeddings.mask_token"}  # DINOv2's, for hidden patches, which we do not hide
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_text_tower_says_its_width_runs_in_bf16_and_ignores_padding(name: str) -> None:
+    tower = build_text_tower(name).eval()
+    ids, mask = draw_texts()
+    first = tower(ids, mask)
+    assert first.tokens.shape == (3, 12, tower.width) and first.pooled.shape == (3, EMBED)
+    if name != "roberta":  # whose positions count by what is padding, by its id
+        second = tower(ids.where(mask, torch.tensor(7)), mask)
+        torch.testing.assert_close(second.pooled, first.pooled, rtol=0, atol=1e-6)
+        torch.testing.assert_close(second.tokens[mask], first.tokens[mask], rtol=0, atol=1e-5)
+    assert tower.bfloat16()(ids, mask).pooled.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["vit_", "clip_vision_model", "siglip_vision_model", "dinov2", "blip_vision_model"])
+@pytest.mark.parametrize("pooling", ["pooler", "first", "mean"])
+@torch.no_grad()
+def test_a_vision_model_gives_what_transformers_gives(name: str, pooling: str) -> None:
+    import transformers
+
+    tower = build_image_tower(name, pooling=pooling).eval()
+    theirs = type(tower.inner)(tower.inner.config).eval()
+    assert isinstance(theirs, transformers.PreTrainedModel)
+    theirs.load_state_dict(tower.inner.state_dict(), strict=pooling == "pooler")
+    expected, output = theirs(pixel_values=draw_pixels()), tower(draw_pixels())
+    tokens = expected.last_hidden_state
+    pooled = {"pooler": expected.pooler_output, "first": tokens[:, 0], "mean": tokens.mean(1)}[pooling]
+    torch.testing.assert_close(output.tokens, tokens, rtol=0, atol=1e-5)
+    torch.testing.assert_close(output.pooled, pooled @ tower.projection.weight.T, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["timm vit", "timm resnet", "timm efficientnet"])
+@pytest.mark.parametrize("training", [False, True])
+@torch.no_grad()
+def test_a_timm_model_gives_what_timm_gives(name: str, training: bool) -> None:
+    import timm
+
+    tower = build_image_tower(name).train(training)
+    size = {"img_size": 32} if name == "timm vit" else {}
+    theirs = timm.create_model(IMAGES[name]["name"], num_classes=0, **size).train(training)
+    theirs.load_state_dict(tower.inner.state_dict())
+    features, pooled = theirs.forward_features(draw_pixels()), theirs(draw_pixels())
+    theirs.load_state_dict(tower.inner.state_dict())  # its statistics moved twice
+    output = tower(draw_pixels())
+    tokens = features if features.ndim == 3 else features.flatten(2).transpose(1, 2)
+    torch.testing.assert_close(output.tokens, tokens, rtol=0, atol=1e-5)
+    torch.testing.assert_close(output.pooled, pooled @ tower.projection.weight.T, rtol=0, atol=1e-5)
+    norms = [module for module in tower.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert all(isinstance(norm, GlobalBatchNorm2d) for norm in norms) and bool(norms) == (name != "timm vit")
+
+
+@pytest.mark.parametrize("name", ["bert_", "roberta", "electra"])
+@torch.no_grad()
+def test_an_encoder_gives_what_transformers_gives(name: str) -> None:
+    ids, mask = draw_texts()
+    for pooling in ("first", "mean"):
+        tower = build_text_tower(name, pooling=pooling).eval()
+        expected = tower.inner(input_ids=ids, attention_mask=mask.long(), output_hidden_states=True)
+        tokens, real = expected.last_hidden_state, mask[..., None].float()
+        pooled = tokens[:, 0] if pooling == "first" else (tokens * real).sum(1) / real.sum(1)
+        output = tower(ids, mask)
+        torch.testing.assert_close(output.tokens, tokens, rtol=0, atol=1e-5)
+        torch.testing.assert_close(output.pooled, pooled @ tower.projection.weight.T, rtol=0, atol=1e-5)
+        for layer in (0, 1, 2):
+            early = build_text_tower(name, layer, pooling=pooling).eval()
+            early.load_state_dict(tower.state_dict())
+            taken = early(ids, mask)
+            torch.testing.assert_close(taken.tokens, expected.hidden_states[layer], rtol=0, atol=1e-5)
+            assert torch.equal(taken.pooled, output.pooled)
+
+
+@torch.no_grad()
+def test_clip_text_is_taken_between_its_layers() -> None:
+    tower, early = build_text_tower("clip"), build_text_tower("clip", 1)
+    ids, mask = draw_texts()
+    block = tower.inner.transformer.resblocks[1]
+    tokens = tower.inner.ln_final(block(early(ids, mask).tokens, attn_mask=tower.inner.attn_mask))
+    torch.testing.assert_close(tower(ids, mask).tokens, tokens, rtol=0, atol=1e-5)
+
+
+def test_fusion_cannot_start_above_the_last_layer() -> None:
+    with pytest.raises(ConfigError, match="from_layer: is 3, but the text tower has 2 layers"):
+        build("vit", "clip", CROSS | {"from_layer": 3})
+
+
+@pytest.mark.parametrize("name", ["vit", "timm vit", "vit_", "clip_vision_model", "dinov2"])
+def test_patches_are_dropped_in_training(name: str) -> None:
+    tower = build_image_tower(name, patch_dropout=0.5)
+    tokens = tower.eval()(draw_pixels()).tokens.shape[1]
+    whole = build_image_tower(name).eval()
+    whole.load_state_dict(tower.state_dict())
+    assert torch.equal(tower(draw_pixels()).pooled, whole(draw_pixels()).pooled)
+    kept = tower.train()(draw_pixels()).tokens.shape[1]
+    before = 0 if name == "vit" else 1  # tokens of open_clip's ViT come without the class token
+    assert (tokens - before) // 2 == kept - before
+
+
+@pytest.mark.parametrize(("image", "message"), [
+    ({"kind": "timm", "name": "vit_bse_patch16_224"}, "Did you mean 'vit_base_patch16_224'"),
+    ({"kind": "timm", "name": "test_vit", "settings": {"depht": 1}}, "depht"),
+    (IMAGES["siglip_vision_model"] | {"patch_dropout": 0.5}, "no class token"),
+    (IMAGES["timm resnet"] | {"patch_dropout": 0.5}, "no class token"),
+    ({"kind": "huggingface", "config": {"model_type": "vti"}}, "cannot read this config"),
+    ({"kind": "huggingface"}, "give either name .* or config with a model_type"),
+    ({"kind": "huggingface", "config": {"model_type": "vit", "hiden_size": 8}}, "config.hiden_size.* 'hidden_size'"),
+    ({"kind": "huggingface", "config": {"model_type": "vit", "hidden_size": "x"}}, "cannot read this config"),
+    ({"kind": "huggingface", "name": "/no/such/folder"}, "cannot read this config"),
+])  # fmt: skip
+def test_what_cannot_be_built_is_said_in_one_line(image: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        check_config(image, IMAGE_TOWERS[image["kind"]], "test").build(EMBED, World())
+    assert "\n" not in str(error.value)
+
+
+def test_a_vocabulary_too_small_for_the_tokenizer_is_refused() -> None:
+    with pytest.raises(ConfigError, match="500 ids and the tokenizer 49408"):
+        build_text_tower("bert_", config=TEXTS["bert_"]["config"] | {"vocab_size": 500})
+    assert build_text_tower("bert_", config={"model_type": "bert", **SIZES}).inner.config.vocab_size == 49408
+
+
+def test_blocks_are_found_in_every_tower() -> None:
+    expected = {"vit": 2, "resnet": 4, "timm vit": 6, "timm resnet": 4, "vit_": 2, "dinov2": 2}
+    assert {name: len(find_blocks(build_image_tower(name))) for name in expected} == expected
+    assert list(find_blocks(build_text_tower("bert"))) == ["inner.encoder.layer.0", "inner.encoder.layer.1"]
+    assert list(find_blocks(build_image_tower("resnet")))[:2] == ["inner.layer1.0", "inner.layer2.0"]
+
+
+def loss_of(model: ImageTextModel) -> Tensor:
+    batch = parity.make_batch(parity.model_config("vit", "clip"), 0, World())
+    torch.manual_seed(3)  # dropout
+    output = model(batch)
+    return (output.image_embed * output.text_embed).sum() + output.match_logits.sin().sum()
+
+
+def gradients(model: ImageTextModel) -> dict[str, Tensor]:
+    loss_of(model).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("changes", ["checkpointed", "compiled"])
+def test_checkpointed_and_compiled_blocks_compute_the_same(changes: str) -> None:
+    plain, changed = (build("vit", "bert with dropout", CROSS | {"dropout": 0.2}).train() for _ in range(2))
+    if changes == "checkpointed":
+        checkpoint_blocks(changed, no_contexts)
+    else:
+        compile_blocks(changed, backend="eager")
+    expected, found = gradients(plain), gradients(changed)
+    assert found.keys() == expected.keys() and changed.state_dict().keys() == plain.state_dict().keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-6, msg=name)
+
+
+def test_checkpointed_blocks_keep_less_and_leave_batch_normalisation_alone() -> None:
+    def kept(model: nn.Module) -> int:
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+            model(draw_pixels(8))
+        return sum(sizes)
+
+    vit, resnet = build_image_tower("vit"), build_image_tower("resnet").train()
+    before = kept(vit)
+    checkpoint_blocks(vit, no_contexts)
+    assert kept(vit) < 0.6 * before
+    statistics = copy.deepcopy(resnet)
+    checkpoint_blocks(resnet, no_contexts)
+    for model in (resnet, statistics):
+        model(draw_pixels()).pooled.sum().backward()
+    for found, expected in zip(resnet.buffers(), statistics.buffers(), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_frozen_parts_do_not_train() -> None:
+    model = build("resnet", "bert", CROSS, freeze=["image_tower", "text_tower.inner.embeddings"]).train()
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert not any(name.startswith(("image_tower.", "text_tower.inner.embeddings.")) for name in trained)
+    assert {name.partition(".")[0] for name in trained} == {"text_tower", "fusion", "match_head", "logit_scale"}
+    assert not model.image_tower.training and model.text_tower.training and model.fusion.training
+    assert not model.text_tower.inner.embeddings.training
+    before = [buffer.clone() for buffer in model.image_tower.buffers()]
+    assert set(gradients(model)) == trained - {"logit_scale.log_scale"}
+    assert all(torch.equal(now, then) for now, then in zip(model.image_tower.buffers(), before, strict=True))
+
+
+@pytest.mark.parametrize(("prefixes", "message"), [
+    (["image"], "no parameter begins with 'image'. Names begin with: fusion, image_tower"),
+    (["image_tower", "text_tower", "fusion", "match_head", "logit_scale"], "leaves nothing to train"),
+])  # fmt: skip
+def test_freezing_nothing_or_everything_is_refused(prefixes: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build("vit", "clip", CROSS, freeze=prefixes)
+
+
+def test_learning_rates_fall_with_depth() -> None:
+    scales = learning_rate_scales(build("vit", "bert", CROSS), 0.5)
+    expected = {
+        "image_tower.inner.conv1.weight": 0.25,
+        "image_tower.inner.positional_embedding": 0.25,
+        "image_tower.inner.transformer.resblocks.0.ln_1.weight": 0.5,
+        "image_tower.inner.transformer.resblocks.1.ln_1.weight": 1,
+        "image_tower.inner.ln_post.weight": 1,
+        "image_tower.inner.proj": 1,
+        "text_tower.inner.embeddings.word_embeddings.weight": 0.25,
+        "text_tower.inner.encoder.layer.0.output.dense.weight": 0.5,
+        "text_tower.projection.weight": 1,
+        "fusion.text.layers.0.mlp.0.weight": 1,
+        "logit_scale.log_scale": 1,
+    }
+    assert {name: scales[name] for name in expected} == expected
+
+
+def test_parameter_groups_hold_every_trained_parameter_once() -> None:
+    model = build("timm vit", "clip", CROSS, freeze=["text_tower.inner.token_embedding"])
+    groups = parameter_groups(model, 0.2, 0.8)
+    assert groups[0]["lr_scale"] == 1 and {group["weight_decay"] for group in groups} == {0.0, 0.2}
+    assert math.isclose(min(group["lr_scale"] for group in groups), 0.8**6)
+    found = [id(parameter) for group in groups for parameter in group["params"]]
+    assert sorted(found) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+    assert len(parameter_groups(model, 0.2, 1.0)) == 2
+
+
+def train_at_stages(world: World) -> dict[str, list[list[float]]]:
+    """Losses of three steps in fp32, at ZeRO 0 and 3, of towers and fusions of every library; frozen, checkpointed."""
+    from pretrain.checkpoint import gather_weights
+    from pretrain.engine import build_engine, set_learning_rate
+    from pretrain.losses import compute_losses
+
+    cases = {
+        "timm": ("timm vit", "clip", {"kind": "shared", "width": 32, "layers": 1, "heads": 2}, {}),
+        "transformers": ("dinov2", "roberta", {"kind": "weighted", "width": 32, "heads": 2}, {"compile": False}),
+        "med": ("blip_vision_model", "bert", {"kind": "med"}, {"checkpoint_activations": True}),
+        "frozen": ("siglip_vision_model", "electra", {"kind": "med", "layers": 1}, {"freeze": ["image_tower"]}),
+    }
+    results = {}
+    for name, (image, text, fusion, changes) in cases.items():
+        results[name] = []
+        for stage in (0, 3):
+            model = build(image, text, fusion, **changes).train()
+            config = EngineConfig(zero_stage=stage, precision="fp32", lr=1e-3, layer_decay=0.7)
+            engine = build_engine(model, config, parity.GLOBAL_BATCH, world)
+            losses = []
+            for step in range(3):
+                set_learning_rate(engine, 1e-3)
+                batch = parity.make_batch(parity.model_config("vit", "clip"), step, world)
+                loss = compute_losses(parity.LOSSES, engine(batch), world)["total"]
+                engine.backward(loss)
+                engine.step()
+                losses.append(loss.item())
+            rates = {group["lr"] for group in engine.optimizer.param_groups}
+            assert max(rates) == 1e-3 and min(rates) < 1e-3
+            weights = gather_weights(engine)
+            assert weights.keys() == model.state_dict().keys()
+            results[name].append([*losses, sum(value.double().abs().sum().item() for value in weights.values())])
+            engine.destroy()
+    return results
+
+
+def test_towers_and_fusions_train_alike_at_zero_0_and_3() -> None:
+    for name, (plain, sharded) in run_on_ranks(train_at_stages, 1)[0].items():
+        assert sharded == pytest.approx(plain, rel=1e-5), name
+
+
+EXAMPLES = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "model.md").read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.split(",")[0].split("\n")[0])
+def test_the_examples_in_the_documentation_are_valid(example: str) -> None:
+    values = {"image": IMAGES["vit"], "text": TEXTS["bert"], "fusion": CROSS} | yaml.safe_load(example)
+    check_config(values, ModelConfig, "docs/model.md")
+
+
+def test_the_documentation_shows_every_kind() -> None:
+    shown = [yaml.safe_load(example) for example in EXAMPLES]
+    for key, registry in {"image": IMAGE_TOWERS, "text": TEXT_TOWERS, "fusion": FUSIONS}.items():
+        assert {values[key]["kind"] for values in shown if key in values} == set(registry)

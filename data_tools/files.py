@@ -128,6 +128,17 @@ class Folder:
         return lock_folder(self.path, exclusive)
 
 
+def read_open_file(descriptor: int, size: int) -> bytes:
+    """All bytes of a file that was just opened and said to have `size`; one system call, unless it had not."""
+    data = os.read(descriptor, size + 1)
+    if len(data) == size:
+        return data
+    parts = [data]
+    while parts[-1]:
+        parts.append(os.read(descriptor, 2**20))
+    return b"".join(parts)
+
+
 class RangeReader:
     """Positional reads of one file; safe to share between threads. It closes with the last reference to it, so never
     under a thread that reads."""

@@ -33,7 +33,15 @@ import numpy as np
 
 from data_tools.errors import UserError
 from data_tools.files import Folder, open_folder, render_json
-from data_tools.tar import ARCHIVE_END, TarError, is_sample_file, parse_members, render_member, split_name
+from data_tools.tar import (
+    ARCHIVE_END,
+    BLOCK_BYTES,
+    TarError,
+    is_sample_file,
+    parse_members,
+    render_header,
+    split_name,
+)
 
 if TYPE_CHECKING:
     import pyarrow
@@ -488,8 +496,10 @@ class ShardWriter:
         """Append a sample, members KEY.EXTENSION in the order of `fields`; return its offset and its size in bytes."""
         if not _KEY.fullmatch(key) or not all(_EXTENSION.fullmatch(extension) for extension in fields):
             raise ValueError(f"{key!r} with {list(fields)}: keys have ASCII letters, digits, '_' and '-', but no dot")
-        offset = self._offsets[-1]
-        size = sum(self._write(render_member(f"{key}.{extension}", data)) for extension, data in fields.items())
+        parts: list[bytes] = []
+        for extension, data in fields.items():
+            parts += (render_header(f"{key}.{extension}", len(data)), data, bytes(-len(data) % BLOCK_BYTES))
+        offset, size = self._offsets[-1], self._write(b"".join(parts))
         self._offsets.append(offset + size)
         return offset, size
 

@@ -29,7 +29,7 @@ from data_tools.folder import (
     PLAN_NAME,
     add_counts,
     choose_plan_place,
-    count,
+    complete_shard,
     identify,
     is_finished,
     list_own_files,
@@ -41,19 +41,19 @@ from data_tools.folder import (
     load_finished_shard,
     load_finished_shards,
     load_state,
+    make_shards,
     name_shards,
     prepare_folder,
     remove_leftovers,
     remove_run,
     render_summary,
     select_info,
-    write_sidecar,
 )
 from data_tools.image import ImagePolicy, PictureError, prepare_picture
 from data_tools.plan import Plan, Sample, load_or_make_plan, read_samples, remove_plan, write_samples
 from data_tools.shards import MANIFEST_NAME, RETRY_NAME, Manifest, ShardInfo, ShardWriter, write_shard
 from data_tools.sources import Source, open_source
-from data_tools.workers import Report, choose_processes, open_progress_bar, run_tasks
+from data_tools.workers import Report, choose_processes
 
 _LOOKED_UP_FIRST = 1000
 _ALIASES = {"double": "float64", "bool": "bool_"}  # names of types in pyarrow that are not those of their makers
@@ -369,18 +369,8 @@ def _make_shards(tasks: list[_ShardTask], processes: int) -> tuple[list[dict[str
     """Make the shards that are not there yet; returns the statistics of all, and the number of samples tried now."""
     if not tasks:
         return [], 0
-    folder, build = tasks[0].recipe.out, tasks[0].recipe.build
-    found = load_finished_shards(folder, [task.stem for task in tasks], build)
-    waiting = [number for number, statistics in enumerate(found) if statistics is None]
-    if len(waiting) < len(tasks):
-        print(f"{folder}: going on, {len(tasks) - len(waiting)} of {len(tasks)} shards are there already")
-    samples = sum(tasks[number].samples for number in waiting)
-    with open_progress_bar(samples, "sample") as report:
-        results = run_tasks(_build_shard, [tasks[number] for number in waiting], processes, report)
-        with closing(results):
-            for place, statistics in results:
-                found[waiting[place]] = statistics
-    return found, samples
+    folder, build, stems = tasks[0].recipe.out, tasks[0].recipe.build, [task.stem for task in tasks]
+    return make_shards(folder, build, stems, _build_shard, tasks, [task.samples for task in tasks], processes)
 
 
 def _finish(folder: Folder, statistics: list[dict[str, Any]], options: dict[str, Any], rate: str = "") -> Manifest:
@@ -453,36 +443,26 @@ def _write_shard(task: _ShardTask, report: Report) -> dict[str, Any]:
         _clean_captions(sample, recipe.captions)
         refusals.update(sample.refusals)
     rows = []
-    with write_shard(recipe.out, name) as writer, closing(_read_pictures(recipe, samples)) as pictures:
-        for place, sample in enumerate(samples):
-            key = f"{task.stem}{place:0{digits}d}"
-            extra = json.loads(sample.extra) if sample.extra else {}
-            row = {"key": key, "source": sample.source, "captions": sample.captions}
-            row |= extra
-            try:
-                if not sample.captions:
-                    raise PictureError("no caption", sample.refusals[0])
-                row |= _add_sample(writer, key, sample, next(pictures), recipe.images, extra)
-                row |= {"status": "success", "caption": sample.captions[0]}
-            except PictureError as error:
-                row |= {"status": "failure", "error": str(error), "reason": error.reason}
-            rows.append(row)
-            report(1, row.get("reason", ""), row.get("size", 0))
-        if recipe.source is not None:
-            recipe.source.check_unchanged(only_read=True)
-    sidecar_sha256 = write_sidecar(recipe.out, name, rows, recipe.schema)
-    made = [row for row in rows if row["status"] == "success"]
-    statistics = {
-        **asdict(writer.info),
-        "build": recipe.build,
-        "sidecar_sha256": sidecar_sha256,
-        "failures": len(rows) - len(made),
-        "captions": sum(len(row["captions"]) for row in made),
-        "failures_by_reason": count(row["reason"] for row in rows if "reason" in row),
-        "refused_captions": dict(sorted(refusals.items())),
-    }
-    recipe.out.write_json(f"{task.stem}_stats.json", statistics)
-    return statistics
+    with recipe.out.together() as out:
+        with write_shard(out, name) as writer, closing(_read_pictures(recipe, samples)) as pictures:
+            for place, sample in enumerate(samples):
+                key = f"{task.stem}{place:0{digits}d}"
+                extra = json.loads(sample.extra) if sample.extra else {}
+                row = {"key": key, "source": sample.source, "captions": sample.captions, **extra}
+                try:
+                    if not sample.captions:
+                        raise PictureError("no caption", sample.refusals[0])
+                    row |= _add_sample(writer, key, sample, next(pictures), recipe.images, extra)
+                    row |= {"status": "success", "caption": sample.captions[0]}
+                    report(1, size=row["size"])
+                except PictureError as error:
+                    row |= {"status": "failure", "error": str(error)}
+                    report(1, error.reason)
+                rows.append(row)
+            if recipe.source is not None:
+                recipe.source.check_unchanged(only_read=True)
+        refused = dict(sorted(refusals.items()))
+        return complete_shard(out, writer.info, recipe.build, rows, recipe.schema, refused_captions=refused)
 
 
 def _clean_captions(sample: Sample, policy: CaptionPolicy) -> None:

@@ -13,8 +13,7 @@ import shutil
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
-from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,22 +24,22 @@ from data_tools.files import Folder, format_bytes, open_folder, write_json_atomi
 from data_tools.folder import (
     PLAN_NAME,
     choose_plan_place,
+    complete_shard,
     identify,
     is_finished,
     list_sidecar_fields,
-    load_finished_shards,
     load_state,
+    make_shards,
     name_shards,
     prepare_folder,
     remove_run,
     select_info,
-    write_sidecar,
 )
 from data_tools.index import describe_sample
 from data_tools.shards import PICTURE_EXTENSIONS, Manifest, ShardError, write_shard
 from data_tools.shards import sidecar_name as name_sidecar
 from data_tools.tar import TarError, is_sample_file, parse_members, split_name
-from data_tools.workers import Report, choose_processes, open_progress_bar, run_tasks
+from data_tools.workers import Report, choose_processes, open_progress_bar
 
 if TYPE_CHECKING:
     import duckdb
@@ -134,7 +133,7 @@ def reshard(
                 for number, stem in enumerate(stems)
             ]
             started_s = time.monotonic()
-            statistics = _make_shards(tasks, processes)
+            statistics, _ = make_shards(folder, build, stems, _make_shard, tasks, counts, processes, lambda text: None)
             manifest = Manifest.of_shards(
                 folder,
                 [select_info(part) for part in statistics],
@@ -394,18 +393,6 @@ def _remove_plan(folder: Folder) -> None:
 # Making the shards
 
 
-def _make_shards(tasks: Sequence[_Task], processes: int) -> list[dict[str, Any]]:
-    """Make the shards that are not there yet; returns the statistics of all."""
-    out = tasks[0].out
-    found = load_finished_shards(out, [task.stem for task in tasks], tasks[0].build)
-    waiting = [number for number, statistics in enumerate(found) if statistics is None]
-    with open_progress_bar(sum(tasks[number].samples for number in waiting), "sample") as report:
-        with closing(run_tasks(_make_shard, [tasks[number] for number in waiting], processes, report)) as results:
-            for place, statistics in results:
-                found[waiting[place]] = statistics
-    return found  # none is None now
-
-
 class _Tars:
     """The source tars that a shard is made of, some of them open."""
 
@@ -443,33 +430,22 @@ def _make_shard(task: _Task, report: Report) -> dict[str, Any]:
 
     file = pyarrow.parquet.ParquetFile(task.rows)
     schema = _make_schema(file.schema_arrow)
-    tars, rows, captions = _Tars(), [], 0
+    tars, rows = _Tars(), []
     planned = (row for batch in file.iter_batches(_ROWS_AT_ONCE) for row in batch.to_pylist())
-    with write_shard(task.out, f"{task.stem}.tar") as writer:
-        for place, row in enumerate(planned):
-            key = f"{task.stem}{place:0{task.digits}d}"
-            fields = tars.read(row["_tar"], row["_start"], row["_end"])
-            row, fields = _renew(row, fields, key, tars.key)
-            try:
-                row["offset"], row["size"] = writer.add(key, fields)
-            except ValueError as error:
-                where = f"{row['_tar']}: the sample at byte {row['_start']}"
-                raise UserError(f"{where}: {error}. Leave it out with a view") from None
-            captions += len(row["captions"])
-            rows.append({name: value for name, value in row.items() if name not in _PLAN})
-            report(1, size=row["size"])
-    hashed = write_sidecar(task.out, f"{task.stem}.tar", rows, schema)
-    statistics = {
-        **asdict(writer.info),
-        "build": task.build,
-        "failures": 0,
-        "captions": captions,
-        "failures_by_reason": {},
-        "refused_captions": {},
-        "sidecar_sha256": hashed,
-    }
-    task.out.write_json(f"{task.stem}_stats.json", statistics)
-    return statistics
+    with task.out.together() as out:
+        with write_shard(out, f"{task.stem}.tar") as writer:
+            for place, row in enumerate(planned):
+                key = f"{task.stem}{place:0{task.digits}d}"
+                fields = tars.read(row["_tar"], row["_start"], row["_end"])
+                row, fields = _renew(row, fields, key, tars.key)
+                try:
+                    row["offset"], row["size"] = writer.add(key, fields)
+                except ValueError as error:
+                    where = f"{row['_tar']}: the sample at byte {row['_start']}"
+                    raise UserError(f"{where}: {error}. Leave it out with a view") from None
+                rows.append({name: value for name, value in row.items() if name not in _PLAN})
+                report(1, size=row["size"])
+        return complete_shard(out, writer.info, task.build, rows, schema, refused_captions={})
 
 
 def _make_schema(planned: "pyarrow.Schema") -> "pyarrow.Schema":

@@ -53,7 +53,7 @@ from data_tools.image import ImagePolicy, PictureError, prepare_picture
 from data_tools.plan import Plan, Sample, load_or_make_plan, read_samples, remove_plan, write_samples
 from data_tools.shards import MANIFEST_NAME, RETRY_NAME, Manifest, ShardInfo, ShardWriter, write_shard
 from data_tools.sources import Source, open_source
-from data_tools.workers import Report, choose_processes
+from data_tools.workers import Report, Workers, choose_processes, start_workers
 
 _LOOKED_UP_FIRST = 1000
 _ALIASES = {"double": "float64", "bool": "bool_"}  # names of types in pyarrow that are not those of their makers
@@ -155,6 +155,7 @@ def build_shards(
         if state is not None and is_finished(folder, state, options | {"image_root": fetch.image_root}, versions()):
             return _tell_finished(folder)
         build = identify(options)
+        workers = stack.enter_context(start_workers(_build_shard, processes))  # they import while the plan is made
         place = stack.enter_context(choose_plan_place(folder))
         try:
             plan = load_or_make_plan(source, place, build, samples_per_shard, seed, keep)
@@ -176,7 +177,7 @@ def build_shards(
         if task is not None:
             _remove_own_leftovers(folder, tasks)
         started_s = time.monotonic()
-        statistics, tried = _make_shards(tasks, processes)
+        statistics, tried = _make_shards(tasks, processes, workers)
         if task is not None:
             print(f"{folder}: task {task[0]} of {task[1]} is done: {len(tasks)} of {len(stems)} shards")
             return None
@@ -365,12 +366,15 @@ def _remove_plan(folder: Folder) -> None:
 # Building
 
 
-def _make_shards(tasks: list[_ShardTask], processes: int) -> tuple[list[dict[str, Any]], int]:
+def _make_shards(
+    tasks: list[_ShardTask], processes: int, workers: Workers | None = None
+) -> tuple[list[dict[str, Any]], int]:
     """Make the shards that are not there yet; returns the statistics of all, and the number of samples tried now."""
     if not tasks:
         return [], 0
     folder, build, stems = tasks[0].recipe.out, tasks[0].recipe.build, [task.stem for task in tasks]
-    return make_shards(folder, build, stems, _build_shard, tasks, [task.samples for task in tasks], processes)
+    samples = [task.samples for task in tasks]
+    return make_shards(folder, build, stems, _build_shard, tasks, samples, processes, workers)
 
 
 def _finish(folder: Folder, statistics: list[dict[str, Any]], options: dict[str, Any], rate: str = "") -> Manifest:

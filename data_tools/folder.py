@@ -29,7 +29,7 @@ from data_tools.shards import (
     sidecar_name,
     statistics_name,
 )
-from data_tools.workers import Report, open_progress_bar, run_tasks
+from data_tools.workers import Report, Workers, open_progress_bar, run_tasks
 
 if TYPE_CHECKING:
     import pyarrow
@@ -290,11 +290,12 @@ def make_shards(
     tasks: Sequence[Any],
     samples: Sequence[int],
     processes: int,
+    workers: Workers | None = None,
     tell: Callable[[str], None] = print,
 ) -> tuple[list[dict[str, Any]], int]:
     """Make those shards of the run that are not there yet, by `function(task, report)` in worker processes.
 
-    `stems`, `tasks` and `samples` have an entry for each shard. Returns the statistics of all, and the number of samples
+    `stems`, `tasks` and `samples` have an entry for each shard; `workers` may have been started before. Returns the statistics of all, and the number of samples
     that were tried now.
     """
     statistics = load_finished_shards(out, stems, build)
@@ -303,7 +304,8 @@ def make_shards(
         tell(f"{out}: going on, {len(stems) - len(waiting)} of {len(stems)} shards are there already")
     tried = sum(samples[number] for number in waiting)
     with open_progress_bar(tried, "sample") as report:
-        with contextlib.closing(run_tasks(function, [tasks[number] for number in waiting], processes, report)) as made:
+        tasks = [tasks[number] for number in waiting]
+        with contextlib.closing(run_tasks(function, tasks, processes, report, workers)) as made:
             for place, result in made:
                 statistics[waiting[place]] = result
     return statistics, tried

@@ -227,7 +227,7 @@ def _clean(rules: _Rules, options: dict[str, Any], processes: int, as_json: bool
     started_s = time.monotonic()
     tell = (lambda text: None) if as_json else print
     numbers, samples = range(len(stems)), source.counts.tolist()
-    shards, tried = make_shards(rules.out, rules.build, stems, rules, numbers, samples, processes, tell)
+    shards, tried = make_shards(rules.out, rules.build, stems, rules, numbers, samples, processes, tell=tell)
     elapsed_s = time.monotonic() - started_s
     entries = sorted(set().union(*(statistics["removed_entries_sha256"] for statistics in shards)))
     report = {

@@ -133,7 +133,9 @@ def reshard(
                 for number, stem in enumerate(stems)
             ]
             started_s = time.monotonic()
-            statistics, _ = make_shards(folder, build, stems, _make_shard, tasks, counts, processes, lambda text: None)
+            statistics, _ = make_shards(
+                folder, build, stems, _make_shard, tasks, counts, processes, tell=lambda text: None
+            )
             manifest = Manifest.of_shards(
                 folder,
                 [select_info(part) for part in statistics],

@@ -20,13 +20,13 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
+from data_tools.database import connect
 from data_tools.errors import UserError
 from data_tools.files import lock_folder, write_json_atomic
 from data_tools.sources import Row, Source
 
 STATE_NAME = "plan.json"
 ROWS_AT_ONCE = 20_000
-MEMORY_LIMIT = "128MB"
 _SCHEMA = pyarrow.schema([(name, pyarrow.string()) for name in Row._fields])
 _NAMES_SHOWN = 3
 _DISK_FULL = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "failed to offload data block")
@@ -117,9 +117,8 @@ def _make_plan(source: Source, folder: Path, samples_per_shard: int, seed: int |
 
     work = folder / "work"
     work.mkdir()
-    config = {"memory_limit": MEMORY_LIMIT, "threads": 1, "temp_directory": str(work / "spill")}
     try:
-        with duckdb.connect(str(work / "rows.duckdb"), config=config) as connection:
+        with connect(work, "plan") as connection:
             _collect_rows(connection, source)
             _check_names(connection, source, keep)
             plan = Plan(folder, _order_samples(connection, source, seed, keep), samples_per_shard)

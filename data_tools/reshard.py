@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data_tools.database import connect
 from data_tools.errors import UserError
 from data_tools.files import Folder, format_bytes, open_folder, write_json_atomic
 from data_tools.folder import (
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
     import duckdb
     import pyarrow
 
-MEMORY_LIMIT = "400MB"
 _ROWS_AT_ONCE = 20_000
 _OPEN_TARS = 256
 _PLAN = ("_position", "_tar", "_start", "_end", "_shown")
@@ -226,7 +226,7 @@ def _load_or_make_plan(
     total = sum(manifest.samples for manifest in manifests)
     ranks = order_samples(total, drawn, options["shuffle"], options["seed"] or 0)
     sizes = np.zeros(drawn, dtype=np.int64)
-    with _connect(place / "work") as connection:
+    with connect(place / "work", "reshard") as connection:
         rows = _Rows(connection)
         with open_progress_bar(sum(len(manifest.shards) for manifest in manifests), "sidecar") as report:
             first = 0
@@ -370,13 +370,6 @@ def _find_common_type(one: str, other: str) -> str:
     if one in _INTEGERS and other in _INTEGERS:
         return max(one, other, key=_INTEGERS.index)
     return "DOUBLE" if one in _NUMBERS and other in _NUMBERS else "VARCHAR"
-
-
-def _connect(work: Path) -> "duckdb.DuckDBPyConnection":
-    import duckdb
-
-    config = {"memory_limit": MEMORY_LIMIT, "threads": 2, "temp_directory": str(work / "spill")}
-    return duckdb.connect(str(work / "rows.duckdb"), config=config)
 
 
 def _quote(name: str) -> str:

@@ -290,6 +290,9 @@ def open_progress_bar(total: int, unit: str) -> Iterator[Report]:
     failures: Counter[str] = Counter()
     written, started_s = 0, time.monotonic()
     with tqdm(total=total, unit=unit, disable=None, smoothing=0.05, dynamic_ncols=True) as bar:
+        if bar.disable:
+            yield lambda done, failure="", size=0: None
+            return
 
         def report(done: int, failure: str = "", size: int = 0) -> None:
             nonlocal written

@@ -121,12 +121,7 @@ def build_shards(
     one sample could be made.
     """
     images, captions, fetch = images or ImagePolicy(), captions or CaptionPolicy(), fetch or FetchOptions()
-    if samples_per_shard < 1:
-        raise UserError(f"--samples-per-shard {samples_per_shard}: give at least 1")
-    if task is not None and not 1 <= task[0] <= task[1]:
-        raise UserError(f"--task {task[0]}/{task[1]}: give the task's number, from 1, and the number of tasks: 3/16")
-    if task is not None and restart:
-        raise UserError("--task and --restart: to begin anew, remove OUT before the tasks start")
+    _check_cuts(samples_per_shard, task, restart)
     processes = choose_processes(processes)
     keep = None if keep_list is None else _read_keep_list(Path(keep_list))
     source = open_source(
@@ -284,6 +279,16 @@ def _tells_news(statistics: dict[str, Any]) -> bool:
 
 
 # What is to be built
+
+
+def _check_cuts(samples_per_shard: int, task: tuple[int, int] | None, restart: bool) -> None:
+    """Refuse numbers of samples and tasks that make no sense."""
+    if samples_per_shard < 1:
+        raise UserError(f"--samples-per-shard {samples_per_shard}: give at least 1")
+    if task is not None and not 1 <= task[0] <= task[1]:
+        raise UserError(f"--task {task[0]}/{task[1]}: give the task's number, from 1, and the number of tasks: 3/16")
+    if task is not None and restart:
+        raise UserError("--task and --restart: to begin anew, remove OUT before the tasks start")
 
 
 def _flatten(section: str, policy: Any) -> dict[str, Any]:

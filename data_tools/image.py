@@ -54,7 +54,6 @@ _SEGMENT = struct.Struct(">BBH")
 _FRAME = struct.Struct(">BHHB")
 _SCAN, _COMMENT, _APPLICATION_DATA = 0xDA, 0xFE, range(0xE0, 0xF0)
 _KEPT_APPLICATION_DATA = {0xE0: b"JFIF\0", 0xE2: b"ICC_PROFILE\0", 0xEE: b"Adobe"}
-_STRANGE_APPLICATION_DATA = {0xE2: b"MPF\0", 0xED: b"Photoshop 3.0\0"}
 _LEAST_APPLICATION_BYTES = {0xE0: 16, 0xE2: 18, 0xEE: 16}
 """Of segments that Pillow reads: it takes a shorter one, of a known name, for damage."""
 _KEPT_PNG_CHUNKS = (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"iCCP", b"sRGB", b"gAMA", b"cHRM", b"cICP", b"sBIT")
@@ -511,10 +510,11 @@ def _read_plain_size(data: bytes, segments: list[tuple[int, int, int]]) -> tuple
         elif marker == 0xDD:
             restarts = end - start == 6 and data[content:end] != b"\0\0"
         elif marker in _APPLICATION_DATA:
-            strange = _STRANGE_APPLICATION_DATA.get(marker)
             if end - start < _LEAST_APPLICATION_BYTES.get(marker, 4):
                 return None
-            if strange is not None and data.startswith(strange, content, end):
+            if marker == 0xE2 and data.startswith(b"MPF\0", content, end):  # several pictures
+                return None
+            if marker == 0xED and not _are_whole_resources(data[content:end]):
                 return None
         elif marker != _COMMENT:
             return None
@@ -533,6 +533,19 @@ def _are_whole_tables(data: bytes, marker: int, place: int, end: int) -> bool:
         else:
             place += 17 + sum(data[place + 1 : place + 17])
     return place == end
+
+
+def _are_whole_resources(content: bytes) -> bool:
+    """Whether what Photoshop adds, if this is that, is whole. Source: Adobe, Photoshop file formats, image resources."""
+    if not content.startswith(b"Photoshop 3.0\0"):
+        return True
+    place = 14
+    while content.startswith(b"8BIM", place) and place + 12 <= len(content):
+        place += 7 + content[place + 6]  # a name, padded to be even
+        place += place & 1
+        size = int.from_bytes(content[place : place + 4], "big")
+        place += 4 + size + size % 2
+    return place >= len(content)
 
 
 def _is_upright(exif: bytes) -> bool:

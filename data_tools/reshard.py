@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data_tools.database import connect
+from data_tools.database import RESHARD_MEMORY, connect
 from data_tools.errors import UserError
 from data_tools.files import Folder, format_bytes, open_folder, write_json_atomic
 from data_tools.folder import (
@@ -226,7 +226,7 @@ def _load_or_make_plan(
     total = sum(manifest.samples for manifest in manifests)
     ranks = order_samples(total, drawn, options["shuffle"], options["seed"] or 0)
     sizes = np.zeros(drawn, dtype=np.int64)
-    with connect(place / "work", "reshard") as connection:
+    with connect(place / "work", RESHARD_MEMORY) as connection:
         rows = _Rows(connection)
         with open_progress_bar(sum(len(manifest.shards) for manifest in manifests), "sidecar") as report:
             first = 0

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data_tools.database import connect
+from data_tools.database import VIEW_MEMORY, connect
 from data_tools.errors import UserError, suggest
 from data_tools.files import Folder, is_url, open_folder
 from data_tools.shards import CHECKSUMS_NAME, MANIFEST_NAME, SELECTION_NAME, Manifest, Selection
@@ -54,7 +54,7 @@ def make_view(
         raise UserError("--where: the expression is empty. Give one, such as: width >= 256")
     options = {"command": "view", "where": where, "join": [Path(file).name for file in join]}
     _check_out(folder, manifest, restart)
-    with tempfile.TemporaryDirectory() as work, connect(work, "view", on_disk=False) as connection:
+    with tempfile.TemporaryDirectory() as work, connect(work, VIEW_MEMORY, on_disk=False) as connection:
         selection, captions = _select(connection, manifest, _accept_ok(where), [str(file) for file in join])
     remaining = int(selection.counts.sum())
     if remaining == 0:

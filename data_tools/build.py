@@ -56,6 +56,7 @@ from data_tools.sources import Source, open_source
 from data_tools.workers import Report, Workers, choose_processes, start_workers
 
 _LOOKED_UP_FIRST = 1000
+_JSON = json.JSONEncoder(ensure_ascii=False)  # json.dumps would make one a sample
 _ALIASES = {"double": "float64", "bool": "bool_"}  # names of types in pyarrow that are not those of their makers
 
 
@@ -522,7 +523,7 @@ def _add_sample(
     fields = {
         picture.extension: picture.data,
         "txt": sample.captions[0].encode(),
-        "json": json.dumps(described, ensure_ascii=False).encode(),
+        "json": _JSON.encode(described).encode(),
     }
     offset, size = writer.add(key, fields)
     return {**facts, "offset": offset, "size": size}

@@ -220,14 +220,15 @@ def _check_header(image: Image.Image, data: bytes, policy: ImagePolicy) -> None:
 
 def _judge_size(width: int, height: int, policy: ImagePolicy) -> PictureError | None:
     """Why a picture of so many pixels is refused, or None."""
-    shape = f"{width} x {height}"
     if width * height > policy.max_pixels:
-        return PictureError("too many pixels", f"{shape}, at most {policy.max_pixels} are decoded")
-    if min(width, height) < policy.min_size:
-        return PictureError("too small", f"{shape}, the shorter side is to have at least {policy.min_size}")
-    if policy.max_aspect and max(width, height) > policy.max_aspect * min(width, height):
-        return PictureError("too long and narrow", f"{shape}, at most {policy.max_aspect:g} : 1 is asked for")
-    return None
+        reason, limit = "too many pixels", f"at most {policy.max_pixels} are decoded"
+    elif min(width, height) < policy.min_size:
+        reason, limit = "too small", f"the shorter side is to have at least {policy.min_size}"
+    elif policy.max_aspect and max(width, height) > policy.max_aspect * min(width, height):
+        reason, limit = "too long and narrow", f"at most {policy.max_aspect:g} : 1 is asked for"
+    else:
+        return None
+    return PictureError(reason, f"{width} x {height}, {limit}")
 
 
 def _has_endless_scans(data: bytes) -> bool:

@@ -6,7 +6,6 @@ holds; manifest.json, written last of all, that the build is finished.
 """
 
 import hashlib
-import importlib.metadata
 import json
 import os
 import tempfile
@@ -309,7 +308,9 @@ def _tuples(values: dict[str, Any]) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """The versions of what decodes and encodes pictures: one build is made by one set of them."""
-    return {name: importlib.metadata.version(name) for name in ("opencv-python-headless", "pillow", "simplejpeg")}
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("opencv-python-headless", "pillow", "simplejpeg")}
 
 
 def _read_keep_list(path: Path) -> set[str]:

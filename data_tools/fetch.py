@@ -15,7 +15,6 @@ import asyncio
 import collections
 import concurrent.futures
 import contextlib
-import email.utils
 import errno
 import hashlib
 import ipaddress
@@ -31,7 +30,6 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequen
 from dataclasses import dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
-from urllib.request import getproxies, proxy_bypass
 
 from data_tools.errors import UserError
 from data_tools.files import read_open_file
@@ -395,6 +393,8 @@ class _Downloader(contextlib.AbstractContextManager):
     """An event loop in a thread of its own, with all that its downloads share."""
 
     def __init__(self, options: FetchOptions) -> None:
+        import urllib.request
+
         self._options = options
         self._loop = asyncio.new_event_loop()
         self._tasks: dict[asyncio.Task, _Item | None] = {}
@@ -404,7 +404,7 @@ class _Downloader(contextlib.AbstractContextManager):
         self._hosts: dict[str, _Host] = {}
         self._robots: dict[URL, asyncio.Task[list[Rule] | FetchError]] = {}
         self._sessions: dict[bool, aiohttp.ClientSession] = {}
-        self._proxies = getproxies() if options.trust_env else {}
+        self._proxies = urllib.request.getproxies() if options.trust_env else {}
         self.resolving = _Threads(_RESOLVER_THREADS, "fetch-resolve")
         self._reading = _Threads(min(_STORE_THREADS, options.concurrency), "fetch-store")
         self._thread = threading.Thread(target=self._run, name="fetch", daemon=True)
@@ -608,6 +608,8 @@ class _Downloader(contextlib.AbstractContextManager):
         return self._hosts[url.raw_host]
 
     def _choose_proxy(self, url: "URL") -> str | None:
+        from urllib.request import proxy_bypass
+
         if url.scheme not in self._proxies or proxy_bypass(url.raw_host):
             return None
         return self._proxies[url.scheme]
@@ -862,13 +864,15 @@ def _check_opt_out(headers: Any, agent: str) -> None:
 
 def _parse_retry_after(headers: Any) -> float:
     """Seconds from now that Retry-After names, as a number or a date; 0 without one or for nonsense."""
+    from email.utils import parsedate_to_datetime
+
     value = headers.get("Retry-After", "").strip()
     if value.isascii() and value.isdecimal():
         return float(value[:9])
     try:
-        until = email.utils.parsedate_to_datetime(value).timestamp()
+        until = parsedate_to_datetime(value).timestamp()
         now = headers.get("Date")  # the server's clock, if it tells the time
-        return max(0.0, until - (email.utils.parsedate_to_datetime(now).timestamp() if now else time.time()))
+        return max(0.0, until - (parsedate_to_datetime(now).timestamp() if now else time.time()))
     except (TypeError, ValueError, IndexError, OverflowError, OSError):
         return 0.0
 

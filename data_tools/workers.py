@@ -5,6 +5,7 @@ workers end; a worker that dies closes its end and the parent says so, instead o
 """
 
 import contextlib
+import gc
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -187,6 +188,7 @@ def _nurse(
 ) -> None:
     """The body of the nursery: fork a worker for each connection, and tell what becomes of it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    gc.freeze()  # no worker's garbage collector is to look through what was imported, and so to copy it
     context = multiprocessing.get_context("fork")
     workers = {}
     for place, connection in enumerate(connections):

@@ -16,6 +16,7 @@ import pyarrow.parquet
 import pytest
 
 from data_tools import plan as plans
+from data_tools.__main__ import main
 from data_tools.build import build_shards
 from data_tools.errors import UserError
 from data_tools.image import ImagePolicy
@@ -368,3 +369,14 @@ def test_rows_too_long_for_the_usual_memory_get_more(tmp_path, monkeypatch):
     monkeypatch.setattr("data_tools.plan.PLAN_MEMORY", ("3MB",))
     with pytest.raises(UserError, match="table.tsv: its rows are so long that they cannot be put in order in 3MB"):
         plans.load_or_make_plan(source, tmp_path / "other", "build", 100, None, None)
+
+
+@pytest.mark.parametrize(("check", "failures"), [("full", 1), ("structure", 0)])
+def test_how_copies_are_checked_is_chosen(tmp_path, write_table, check, failures):
+    table, images = write_table(3, size=200)
+    data = (images / "picture 1.jpg").read_bytes()
+    middle = len(data) // 2
+    (images / "picture 1.jpg").write_bytes(data[:middle] + data[middle + 3000 :])
+    build = ["build", table, tmp_path / "out", "--image-root", images, "--processes", 1, "--check", check]
+    assert main([str(argument) for argument in build]) == 0
+    assert Manifest.load(tmp_path / "out").failures == failures

@@ -1,7 +1,7 @@
 """The plan of a build: the rows of any source, grouped by picture, put in order and cut into shards.
 
-The grouping and sorting is DuckDB's, which works within a limit of memory and on disk beyond it: a plan of a hundred
-million rows takes no more than one of a million. A plan is a folder with a parquet file for each shard (the rows of its
+The grouping and sorting is DuckDB's, which works within a limit of memory and on disk beyond it: three million
+rows take as much memory as one million. A plan is a folder with a parquet file for each shard (the rows of its
 samples, in order) and plan.json, written last; any process can then make any shard alone.
 """
 

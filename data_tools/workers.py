@@ -143,16 +143,14 @@ class Workers:
 
     def _read_fate(self, patience_s: float) -> tuple[int, int, int | None] | None:
         """The next of the things that the nursery tells, if it comes in time."""
-        try:
-            place, pid, code = self._fates.recv() if self._fates.poll(patience_s) else (None, None, None)
-        except EOFError:
-            return None
-        if place is None:
-            return None
-        self._pids[place] = pid
-        if code is not None:
-            del self._pids[place]
-        return place, pid, code
+        with contextlib.suppress(EOFError):
+            if self._fates.poll(patience_s):
+                place, pid, code = self._fates.recv()
+                self._pids[place] = pid
+                if code is not None:
+                    del self._pids[place]
+                return place, pid, code
+        return None
 
     def _describe_death(self, place: int) -> UserError:
         fate = self._read_fate(_STOP_TIMEOUT_S)

@@ -295,8 +295,8 @@ def make_shards(
 ) -> tuple[list[dict[str, Any]], int]:
     """Make those shards of the run that are not there yet, by `function(task, report)` in worker processes.
 
-    `stems`, `tasks` and `samples` have an entry for each shard; `workers` may have been started before. Returns the statistics of all, and the number of samples
-    that were tried now.
+    `stems`, `tasks` and `samples` have an entry for each shard; `workers` may have been started before. Returns the
+    statistics of all, and the number of samples that were tried now.
     """
     statistics = load_finished_shards(out, stems, build)
     waiting = [number for number, found in enumerate(statistics) if found is None]

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -74,7 +75,7 @@ def start_workers(function: Callable, processes: int) -> Iterator["Workers | Non
 class Workers:
     """Processes that call one function, forked by a process that has imported its modules once for all of them.
 
-    That one, the nursery, does nothing else and has no threads at work, so forking it is safe. What it tells of each
+    That one, the nursery, does nothing else and has no threads of ours, so forking it is safe. What it tells of each
     worker is (place, pid, None) at its start and (place, pid, exit code) at its end.
     """
 
@@ -192,7 +193,9 @@ def _nurse(
     for place, connection in enumerate(connections):
         others = [other for other in (*connections, told) if other is not connection]
         process = context.Process(target=_work, args=(function, connection, others))
-        process.start()
+        with warnings.catch_warnings():  # Python warns of threads from 3.12 on; those of numpy's OpenBLAS expect a fork
+            warnings.simplefilter("ignore", DeprecationWarning)
+            process.start()
         workers[process.sentinel] = place, process
     with contextlib.suppress(BrokenPipeError):  # the parent has gone, and so will they
         for connection in connections:

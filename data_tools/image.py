@@ -588,7 +588,7 @@ def strip_webp(data: bytes) -> bytes | None:
         start, position = position, position + 8 + length + length % 2
         if kind in _KEPT_WEBP_CHUNKS:
             chunk = bytearray(data[start:position])
-            if kind == b"VP8X" and length:
+            if kind == b"VP8X" and len(chunk) > 8:
                 chunk[8] &= ~_WEBP_METADATA_FLAGS
             kept.append(bytes(chunk))
     if position != len(data) or struct.unpack_from("<I", data, 4)[0] + 8 != len(data):

@@ -668,6 +668,10 @@ def test_which_jpegs_need_no_pillow():
     assert outcomes == [(0, 23), (1, 23), (2, 23), (3, 23), (7, 23), (8, 23)]
 
 
+def test_a_webp_that_ends_in_a_chunks_header_is_no_run_of_chunks():
+    assert strip_webp(b"RIFF\x80\0\0\0WEBPVP8X\n\0\0\0") is None
+
+
 @settings(deadline=None, max_examples=100)
 @given(
     st.sampled_from([b"", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF\x10\0\0\0WEBP", b"GIF89a", b"BM"]), st.binary()

@@ -28,7 +28,10 @@ KINDS = {
     tarfile.BLKTYPE: "device",
     tarfile.FIFOTYPE: "device",
 }
-NAMES = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=150)
+# Of a name of slashes alone tarfile says "file" in USTAR, and "folder" in its other formats.
+NAMES = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=150).filter(
+    lambda name: name.strip("/")
+)
 MEMBERS = st.lists(st.tuples(NAMES, st.sampled_from(list(KINDS)), st.integers(0, 1500)), max_size=6)
 
 

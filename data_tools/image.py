@@ -291,6 +291,8 @@ def _decode_jpeg(size: tuple[int, int], data: bytes, eighths: int, colours: str 
         if simplejpeg.decode_jpeg_header(data)[:2] != (height, width):
             return None
         return simplejpeg.decode_jpeg(data, colours, **scale)
+    except KeyError:  # a way to subsample for which simplejpeg has no name
+        return None
     except ValueError as error:
         if _CORRUPT_JPEG.search(str(error)):
             raise PictureError("damaged picture", str(error)) from None

@@ -320,6 +320,15 @@ def test_png_and_webp_that_need_no_change_are_copied_without_metadata(noise):
         assert (turned.width, turned.height) == Image.open(io.BytesIO(turned.data)).size == (40, 60)
 
 
+def test_a_jpeg_with_a_subsampling_that_has_no_name_is_no_mistake_of_the_program() -> None:
+    picture = bytearray(encode(make_noise(16, 16), subsampling=0))
+    picture[picture.index(b"\xff\xc0") + 11] = 0x14  # 4:4:1, which the picture data are not
+    for check in ("full", "structure"):
+        with contextlib.suppress(PictureError):
+            prepared = prepare_picture(bytes(picture), ImagePolicy(8, "keep_ratio", check=check))
+            assert (prepared.width, prepared.height) == (8, 8)
+
+
 @pytest.mark.parametrize("format", ["png", "webp"])
 def test_transparent_and_animated_pictures_are_never_copied(format):
     see_through = Image.new("RGBA", (40, 30), (200, 20, 20, 0))

@@ -53,13 +53,10 @@ class DatasetConfig(ConfigModel):
 class DataConfig(ConfigModel):
     """Where the training pairs come from, and what is done to them. A list instead is short for `datasets`."""
 
-    path: str | None = (
-        None  # a folder or URL of `python -m data_tools build` or `view`; tars "x/{000..099}.tar"; "pipe:..."
-    )
+    # A folder or URL of `python -m data_tools build` or `view`, tars as "x/{000..099}.tar", or "pipe:...".
+    path: str | None = None
     datasets: list[DatasetConfig] | None = pydantic.Field(default=None, min_length=1)  # instead of `path`: a blend
-    captions: Literal["random", "turn"] = (
-        "random"  # of several a picture: drawn anew each epoch, or one after the other
-    )
+    captions: Literal["random", "turn"] = "random"  # of several: drawn anew each epoch, or one after the other
     fields: list[str] = []  # other files of a sample to hand on, decoded, in `Batch.extra`; e.g. [json, cls]
     stages: list[StageConfig] = []  # functions of yours on each sample before it is decoded
     augment: AugmentConfig = AugmentConfig()

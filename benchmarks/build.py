@@ -11,9 +11,9 @@ shard is there, which leaves out most of what each does but once. --repeat asks 
 
 files: the same from local files, which img2dataset does not read.
 
-copy: `--resize-mode no`, with the check that each JPEG is whole and with `--no-check`, on --copies copies of each picture,
-against `tar cf` of the same files. All outputs are synced to the disk, and all read files that were read before; tar
-checks no picture and writes no checksums, captions or sidecars.
+copy: `--resize-mode no` with each `--check` of whether a JPEG is whole, on --copies copies of each picture, against `tar cf`
+of the same files. All outputs are synced to the disk, and all read files that were read before; tar checks no picture
+and writes no checksums, captions or sidecars.
 
 Rounds alternate, and ratios are taken within a round, since other work on the machine touches both alike.
 """
@@ -39,6 +39,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data_tools.errors import UserError, run_command
+from data_tools.image import CHECKS
 
 ROOT = Path(__file__).parents[1]
 IMG2DATASET = ROOT / ".compat" / "img2dataset"
@@ -146,6 +147,7 @@ def run(command: list[str], **variables: str) -> Run:
     peaks: dict[int, int] = {}
     with tempfile.TemporaryFile("w+") as output:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)  # modules are compiled once, as an installed package's are
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
         ended = threading.Event()
         watch = threading.Thread(target=watch_memory, args=(process.pid, peaks, ended))
@@ -257,7 +259,9 @@ def compare_urls(options: argparse.Namespace, pictures: list[Path], work: Path) 
                 done = run(build_command(table, out, options, *shape, "--allow-private"))
                 samples = count_samples(out)
             else:
-                done = run(img2dataset_command(table, out, options), NO_ALBUMENTATIONS_UPDATE="1")
+                (work / "tmp").mkdir(exist_ok=True)  # its wandb leaves files there, even when it is disabled
+                variables = {"NO_ALBUMENTATIONS_UPDATE": "1", "TMPDIR": str(work / "tmp")}
+                done = run(img2dataset_command(table, out, options), **variables)
                 samples = sum(json.loads(path.read_bytes())["successes"] for path in out.glob("*_stats.json"))
             if samples < 0.98 * len(urls):
                 raise UserError(f"{tool}: only {samples} of {len(urls)} pictures\n{done.output[-2000:]}")
@@ -329,7 +333,7 @@ def read_sizes(out: Path) -> dict[str, tuple[int, int]]:
 def alternate(title: str, tools: tuple[str, ...], measure, rounds: int) -> list[dict[str, Rate]]:
     """Measure all tools in each round, every second round in the opposite order; print as it goes."""
     print(f"\n{title}")
-    print(f"round  load  {'':18} images/s  (command)    CPU ms/image   parent MiB   worker MiB")
+    print(f"round  load  {'':24} images/s  (command)    CPU ms/image   parent MiB   worker MiB")
     rates = []
     for number in range(rounds):
         order = tools if number % 2 == 0 else tools[::-1]
@@ -337,7 +341,7 @@ def alternate(title: str, tools: tuple[str, ...], measure, rounds: int) -> list[
         for tool in order:
             load = read_load()
             rates[-1][tool] = measure(tool)
-            print(f"{number + 1:5}  {load:>4}  {tool:18} {rates[-1][tool].describe()}", flush=True)
+            print(f"{number + 1:5}  {load:>4}  {tool:24} {rates[-1][tool].describe()}", flush=True)
     return rates
 
 
@@ -409,7 +413,8 @@ def compare_copies(options: argparse.Namespace, pictures: list[Path], work: Path
         return Rate(count, done.wall_s, done.wall_s, done.cpu_s, done.parent, done.worker)
 
     title = f"copy: {len(pictures) * options.copies} files, {size / 1e6:.0f} MB, both synced to the disk"
-    rates = alternate(title, ("ours", "ours --no-check", "tar cf"), measure, options.rounds)
+    tools = (*(f"ours --check {level}" for level in CHECKS), "tar cf")
+    rates = alternate(title, tools, measure, options.rounds)
     print_ratios(rates, "tar cf", "goal: 0.5")
 
 

@@ -6,7 +6,6 @@ holds; manifest.json, written last of all, that the build is finished.
 """
 
 import hashlib
-import importlib.metadata
 import json
 import os
 import tempfile
@@ -29,7 +28,7 @@ from data_tools.folder import (
     PLAN_NAME,
     add_counts,
     choose_plan_place,
-    count,
+    complete_shard,
     identify,
     is_finished,
     list_own_files,
@@ -41,21 +40,22 @@ from data_tools.folder import (
     load_finished_shard,
     load_finished_shards,
     load_state,
+    make_shards,
     name_shards,
     prepare_folder,
     remove_leftovers,
     remove_run,
     render_summary,
     select_info,
-    write_sidecar,
 )
 from data_tools.image import ImagePolicy, PictureError, prepare_picture
 from data_tools.plan import Plan, Sample, load_or_make_plan, read_samples, remove_plan, write_samples
 from data_tools.shards import MANIFEST_NAME, RETRY_NAME, Manifest, ShardInfo, ShardWriter, write_shard
 from data_tools.sources import Source, open_source
-from data_tools.workers import Report, choose_processes, open_progress_bar, run_tasks
+from data_tools.workers import Report, Workers, choose_processes, start_workers
 
 _LOOKED_UP_FIRST = 1000
+_JSON = json.JSONEncoder(ensure_ascii=False)  # json.dumps would make one a sample
 _ALIASES = {"double": "float64", "bool": "bool_"}  # names of types in pyarrow that are not those of their makers
 
 
@@ -121,12 +121,7 @@ def build_shards(
     one sample could be made.
     """
     images, captions, fetch = images or ImagePolicy(), captions or CaptionPolicy(), fetch or FetchOptions()
-    if samples_per_shard < 1:
-        raise UserError(f"--samples-per-shard {samples_per_shard}: give at least 1")
-    if task is not None and not 1 <= task[0] <= task[1]:
-        raise UserError(f"--task {task[0]}/{task[1]}: give the task's number, from 1, and the number of tasks: 3/16")
-    if task is not None and restart:
-        raise UserError("--task and --restart: to begin anew, remove OUT before the tasks start")
+    _check_cuts(samples_per_shard, task, restart)
     processes = choose_processes(processes)
     keep = None if keep_list is None else _read_keep_list(Path(keep_list))
     source = open_source(
@@ -155,6 +150,7 @@ def build_shards(
         if state is not None and is_finished(folder, state, options | {"image_root": fetch.image_root}, versions()):
             return _tell_finished(folder)
         build = identify(options)
+        workers = stack.enter_context(start_workers(_build_shard, processes))  # they import while the plan is made
         place = stack.enter_context(choose_plan_place(folder))
         try:
             plan = load_or_make_plan(source, place, build, samples_per_shard, seed, keep)
@@ -176,7 +172,7 @@ def build_shards(
         if task is not None:
             _remove_own_leftovers(folder, tasks)
         started_s = time.monotonic()
-        statistics, tried = _make_shards(tasks, processes)
+        statistics, tried = _make_shards(tasks, processes, workers)
         if task is not None:
             print(f"{folder}: task {task[0]} of {task[1]} is done: {len(tasks)} of {len(stems)} shards")
             return None
@@ -285,6 +281,16 @@ def _tells_news(statistics: dict[str, Any]) -> bool:
 # What is to be built
 
 
+def _check_cuts(samples_per_shard: int, task: tuple[int, int] | None, restart: bool) -> None:
+    """Refuse numbers of samples and tasks that make no sense."""
+    if samples_per_shard < 1:
+        raise UserError(f"--samples-per-shard {samples_per_shard}: give at least 1")
+    if task is not None and not 1 <= task[0] <= task[1]:
+        raise UserError(f"--task {task[0]}/{task[1]}: give the task's number, from 1, and the number of tasks: 3/16")
+    if task is not None and restart:
+        raise UserError("--task and --restart: to begin anew, remove OUT before the tasks start")
+
+
 def _flatten(section: str, policy: Any) -> dict[str, Any]:
     """The fields of a policy as `section.name`, as JSON has them, so that a difference can be named."""
     return {f"{section}.{name}": json.loads(json.dumps(value)) for name, value in asdict(policy).items()}
@@ -302,7 +308,9 @@ def _tuples(values: dict[str, Any]) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """The versions of what decodes and encodes pictures: one build is made by one set of them."""
-    return {name: importlib.metadata.version(name) for name in ("opencv-python-headless", "pillow", "simplejpeg")}
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("opencv-python-headless", "pillow", "simplejpeg")}
 
 
 def _read_keep_list(path: Path) -> set[str]:
@@ -365,22 +373,15 @@ def _remove_plan(folder: Folder) -> None:
 # Building
 
 
-def _make_shards(tasks: list[_ShardTask], processes: int) -> tuple[list[dict[str, Any]], int]:
+def _make_shards(
+    tasks: list[_ShardTask], processes: int, workers: Workers | None = None
+) -> tuple[list[dict[str, Any]], int]:
     """Make the shards that are not there yet; returns the statistics of all, and the number of samples tried now."""
     if not tasks:
         return [], 0
-    folder, build = tasks[0].recipe.out, tasks[0].recipe.build
-    found = load_finished_shards(folder, [task.stem for task in tasks], build)
-    waiting = [number for number, statistics in enumerate(found) if statistics is None]
-    if len(waiting) < len(tasks):
-        print(f"{folder}: going on, {len(tasks) - len(waiting)} of {len(tasks)} shards are there already")
-    samples = sum(tasks[number].samples for number in waiting)
-    with open_progress_bar(samples, "sample") as report:
-        results = run_tasks(_build_shard, [tasks[number] for number in waiting], processes, report)
-        with closing(results):
-            for place, statistics in results:
-                found[waiting[place]] = statistics
-    return found, samples
+    folder, build, stems = tasks[0].recipe.out, tasks[0].recipe.build, [task.stem for task in tasks]
+    samples = [task.samples for task in tasks]
+    return make_shards(folder, build, stems, _build_shard, tasks, samples, processes, workers)
 
 
 def _finish(folder: Folder, statistics: list[dict[str, Any]], options: dict[str, Any], rate: str = "") -> Manifest:
@@ -453,36 +454,26 @@ def _write_shard(task: _ShardTask, report: Report) -> dict[str, Any]:
         _clean_captions(sample, recipe.captions)
         refusals.update(sample.refusals)
     rows = []
-    with write_shard(recipe.out, name) as writer, closing(_read_pictures(recipe, samples)) as pictures:
-        for place, sample in enumerate(samples):
-            key = f"{task.stem}{place:0{digits}d}"
-            extra = json.loads(sample.extra) if sample.extra else {}
-            row = {"key": key, "source": sample.source, "captions": sample.captions}
-            row |= extra
-            try:
-                if not sample.captions:
-                    raise PictureError("no caption", sample.refusals[0])
-                row |= _add_sample(writer, key, sample, next(pictures), recipe.images, extra)
-                row |= {"status": "success", "caption": sample.captions[0]}
-            except PictureError as error:
-                row |= {"status": "failure", "error": str(error), "reason": error.reason}
-            rows.append(row)
-            report(1, row.get("reason", ""), row.get("size", 0))
-        if recipe.source is not None:
-            recipe.source.check_unchanged(only_read=True)
-    sidecar_sha256 = write_sidecar(recipe.out, name, rows, recipe.schema)
-    made = [row for row in rows if row["status"] == "success"]
-    statistics = {
-        **asdict(writer.info),
-        "build": recipe.build,
-        "sidecar_sha256": sidecar_sha256,
-        "failures": len(rows) - len(made),
-        "captions": sum(len(row["captions"]) for row in made),
-        "failures_by_reason": count(row["reason"] for row in rows if "reason" in row),
-        "refused_captions": dict(sorted(refusals.items())),
-    }
-    recipe.out.write_json(f"{task.stem}_stats.json", statistics)
-    return statistics
+    with recipe.out.together() as out:
+        with write_shard(out, name) as writer, closing(_read_pictures(recipe, samples)) as pictures:
+            for place, sample in enumerate(samples):
+                key = f"{task.stem}{place:0{digits}d}"
+                extra = json.loads(sample.extra) if sample.extra else {}
+                row = {"key": key, "source": sample.source, "captions": sample.captions, **extra}
+                try:
+                    if not sample.captions:
+                        raise PictureError("no caption", sample.refusals[0])
+                    row |= _add_sample(writer, key, sample, next(pictures), recipe.images, extra)
+                    row |= {"status": "success", "caption": sample.captions[0]}
+                    report(1, size=row["size"])
+                except PictureError as error:
+                    row |= {"status": "failure", "error": str(error)}
+                    report(1, error.reason)
+                rows.append(row)
+            if recipe.source is not None:
+                recipe.source.check_unchanged(only_read=True)
+        refused = dict(sorted(refusals.items()))
+        return complete_shard(out, writer.info, recipe.build, rows, recipe.schema, refused_captions=refused)
 
 
 def _clean_captions(sample: Sample, policy: CaptionPolicy) -> None:
@@ -533,7 +524,7 @@ def _add_sample(
     fields = {
         picture.extension: picture.data,
         "txt": sample.captions[0].encode(),
-        "json": json.dumps(described, ensure_ascii=False).encode(),
+        "json": _JSON.encode(described).encode(),
     }
     offset, size = writer.add(key, fields)
     return {**facts, "offset": offset, "size": size}

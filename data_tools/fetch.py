@@ -15,7 +15,6 @@ import asyncio
 import collections
 import concurrent.futures
 import contextlib
-import email.utils
 import errno
 import hashlib
 import ipaddress
@@ -31,9 +30,9 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequen
 from dataclasses import dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
-from urllib.request import getproxies, proxy_bypass
 
 from data_tools.errors import UserError
+from data_tools.files import read_open_file
 from data_tools.image import PictureError
 from data_tools.robots import Rule, find_opt_out, is_allowed, parse_robots
 
@@ -174,7 +173,7 @@ def fetch_all(names: Sequence[str], options: FetchOptions) -> Iterator[bytes | F
     name and the attempt, not from a clock. Raises UserError when a scheme's driver is not installed, and OSError of
     the local storage.
     """
-    ahead: collections.deque[_Item] = collections.deque()
+    ahead: collections.deque[_Item | str] = collections.deque()  # local names are just names
     remaining = iter(names)
     with contextlib.ExitStack() as stack:
         downloader: _Downloader | None = None
@@ -182,21 +181,23 @@ def fetch_all(names: Sequence[str], options: FetchOptions) -> Iterator[bytes | F
         while True:
             new = []
             while len(ahead) < 8 * options.concurrency and (name := next(remaining, None)) is not None:
-                ahead.append(_Item(name))
-                if _find_scheme(name) not in ("", "file"):
+                is_local = _find_scheme(name) in ("", "file")
+                ahead.append(name if is_local else _Item(name))
+                if not is_local:
                     new.append(ahead[-1])
             if not ahead:
                 return
             if new and downloader is None:
                 downloader = stack.enter_context(_Downloader(options))
             item = ahead.popleft()
+            wanted = None if isinstance(item, str) else item
             if downloader is not None:
-                downloader.advance(new, fetched, item)
-            fetched = item
-            yield _read_local(item.name, options) if _find_scheme(item.name) in ("", "file") else item.result.result()
+                downloader.advance(new, fetched, wanted)
+            fetched = wanted
+            yield _read_local(item, options) if wanted is None else wanted.result.result()
 
 
-def read_picture(root: Path, name: str) -> bytes:
+def read_picture(root: str | Path, name: str) -> bytes:
     """The bytes of the file `name` under `root`. The name comes from a table and may not lead out of `root`.
 
     Raises FetchError for such a name and for a file that is missing or is none; an error of the storage is raised as
@@ -204,22 +205,29 @@ def read_picture(root: Path, name: str) -> bytes:
     """
     if not name or "\0" in name:
         raise FetchError("no image name", repr(name))
-    if name.startswith("/") or ".." in PurePosixPath(name).parts:
+    if name.startswith("/") or (".." in name and ".." in name.split("/")):
         raise FetchError("image name leads out of the image root", name)
-    path = root / name
+    path = f"{root}/{name}"
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise FetchError("not a file", name)
-        if status.st_size > MAX_FILE_BYTES:
-            raise FetchError("file too large", f"{name} has {status.st_size} bytes, at most {MAX_FILE_BYTES} are read")
-        return path.read_bytes()
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe of that name must not hang us
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise FetchError("not a file", name)
+            if status.st_size > MAX_FILE_BYTES:
+                text = f"{name} has {status.st_size} bytes, at most {MAX_FILE_BYTES} are read"
+                raise FetchError("file too large", text)
+            return read_open_file(descriptor, status.st_size)
+        finally:
+            os.close(descriptor)
     except (FileNotFoundError, NotADirectoryError):
         raise FetchError("missing picture", name) from None
     except OSError as error:
+        if error.errno == errno.ENXIO:  # a socket
+            raise FetchError("not a file", name) from None
         if error.errno in _UNREADABLE:
             raise FetchError("unreadable picture", f"{name}: {error.strerror}") from None
-        error.filename = str(path)
+        error.filename = path
         raise
 
 
@@ -241,7 +249,7 @@ def is_public(address: str) -> bool:
 
 def _find_scheme(name: str) -> str:
     """The scheme of a URL in lower case, "" for a local path."""
-    match = _SCHEME.match(name)
+    match = _SCHEME.match(name) if "://" in name else None
     return match.group(1).lower() if match else ""
 
 
@@ -250,14 +258,14 @@ def _read_local(name: str, options: FetchOptions) -> bytes | FetchError:
     try:
         if options.image_root is None:
             raise FetchError("no image root", f"{name} is a local path, and there is no folder that it starts from")
-        root = Path(options.image_root)
         if _find_scheme(name) == "file":
+            root = Path(options.image_root).absolute()
             path = name[len("file://") :].removeprefix("localhost")
-            inside = path.startswith("/") and PurePosixPath(path).is_relative_to(root.absolute())
+            inside = path.startswith("/") and PurePosixPath(path).is_relative_to(root)
             if not inside:
                 raise FetchError("image name leads out of the image root", name)
-            name = str(PurePosixPath(path).relative_to(root.absolute()))
-        return read_picture(root, name)
+            name = str(PurePosixPath(path).relative_to(root))
+        return read_picture(options.image_root, name)
     except FetchError as error:
         return error
 
@@ -385,6 +393,8 @@ class _Downloader(contextlib.AbstractContextManager):
     """An event loop in a thread of its own, with all that its downloads share."""
 
     def __init__(self, options: FetchOptions) -> None:
+        import urllib.request
+
         self._options = options
         self._loop = asyncio.new_event_loop()
         self._tasks: dict[asyncio.Task, _Item | None] = {}
@@ -394,7 +404,7 @@ class _Downloader(contextlib.AbstractContextManager):
         self._hosts: dict[str, _Host] = {}
         self._robots: dict[URL, asyncio.Task[list[Rule] | FetchError]] = {}
         self._sessions: dict[bool, aiohttp.ClientSession] = {}
-        self._proxies = getproxies() if options.trust_env else {}
+        self._proxies = urllib.request.getproxies() if options.trust_env else {}
         self.resolving = _Threads(_RESOLVER_THREADS, "fetch-resolve")
         self._reading = _Threads(min(_STORE_THREADS, options.concurrency), "fetch-store")
         self._thread = threading.Thread(target=self._run, name="fetch", daemon=True)
@@ -405,14 +415,15 @@ class _Downloader(contextlib.AbstractContextManager):
             self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(_STOP_TIMEOUT_S)
 
-    def advance(self, new: list[_Item], fetched: _Item | None, wanted: _Item) -> None:
+    def advance(self, new: list[_Item], fetched: _Item | None, wanted: _Item | None) -> None:
         """Start the new items, let go of the one that was yielded, and hurry the one that is wanted now."""
         self._loop.call_soon_threadsafe(self._advance, new, fetched, wanted)
 
-    def _advance(self, new: list[_Item], fetched: _Item | None, wanted: _Item) -> None:
+    def _advance(self, new: list[_Item], fetched: _Item | None, wanted: _Item | None) -> None:
         for item in new:
             self.spawn(self._fetch(item), item)
-        self._room.want(wanted)
+        if wanted is not None:
+            self._room.want(wanted)
         if fetched is not None:
             self._room.release(fetched)
 
@@ -597,6 +608,8 @@ class _Downloader(contextlib.AbstractContextManager):
         return self._hosts[url.raw_host]
 
     def _choose_proxy(self, url: "URL") -> str | None:
+        from urllib.request import proxy_bypass
+
         if url.scheme not in self._proxies or proxy_bypass(url.raw_host):
             return None
         return self._proxies[url.scheme]
@@ -851,13 +864,15 @@ def _check_opt_out(headers: Any, agent: str) -> None:
 
 def _parse_retry_after(headers: Any) -> float:
     """Seconds from now that Retry-After names, as a number or a date; 0 without one or for nonsense."""
+    from email.utils import parsedate_to_datetime
+
     value = headers.get("Retry-After", "").strip()
     if value.isascii() and value.isdecimal():
         return float(value[:9])
     try:
-        until = email.utils.parsedate_to_datetime(value).timestamp()
+        until = parsedate_to_datetime(value).timestamp()
         now = headers.get("Date")  # the server's clock, if it tells the time
-        return max(0.0, until - (email.utils.parsedate_to_datetime(now).timestamp() if now else time.time()))
+        return max(0.0, until - (parsedate_to_datetime(now).timestamp() if now else time.time()))
     except (TypeError, ValueError, IndexError, OverflowError, OSError):
         return 0.0
 

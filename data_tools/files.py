@@ -3,6 +3,7 @@
 `open_folder` gives one view of a flat folder, whether it is local or behind a URL that fsspec knows (s3://, gs://, ...).
 """
 
+import concurrent.futures
 import contextlib
 import errno
 import fcntl
@@ -13,9 +14,9 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from data_tools.errors import UserError
 
@@ -32,20 +33,70 @@ def open_atomic(path: str | Path) -> Iterator[BinaryIO]:
     The data lies in the same folder under `NAME.XXXXXXXX.tmp` until then, and is removed on an error. Raises OSError
     with `filename` set to `path`, also for a disk that fills up during a write.
     """
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
+    with _publish_together() as begin, begin(Path(path)) as file:
+        yield file
+
+
+class _Draft(NamedTuple):
+    """A file with a temporary name, and the path where it is to appear."""
+
+    path: Path
+    temporary: Path
+    file: BinaryIO
+
+    @contextlib.contextmanager
+    def blame(self) -> Iterator[None]:
+        """Let an OSError of this file, or of a write into it, name `path`."""
+        try:
+            yield
+        except OSError as error:
+            if error.filename in (None, str(self.temporary), self.temporary):
+                error.filename, error.filename2 = str(self.path), None
+            raise
+
+    def sync(self) -> None:
+        with self.blame():
+            os.fsync(self.file.fileno())
+
+
+@contextlib.contextmanager
+def _publish_together() -> Iterator[Callable[[Path], contextlib.AbstractContextManager[BinaryIO]]]:
+    """Yields what begins a file. All that were begun get their names, in that order, when the block ends without an
+    error: each is whole on the disk before the first gets its name."""
+    drafts: list[_Draft] = []
+
+    @contextlib.contextmanager
+    def begin(path: Path) -> Iterator[BinaryIO]:
+        temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
+        try:
+            draft = _Draft(path, temporary, open(temporary, "xb"))
+        except OSError as error:
+            error.filename = str(path)
+            raise
+        drafts.append(draft)
+        with draft.blame():
+            yield draft.file
+            draft.file.flush()
+
     try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        if isinstance(error, OSError) and error.filename in (None, str(temporary), temporary):
-            error.filename, error.filename2 = str(path), None
+        yield begin
+        if len(drafts) == 1:
+            drafts[0].sync()
+        elif drafts:  # at once: a file system writes its journal for all who wait
+            with concurrent.futures.ThreadPoolExecutor(len(drafts)) as threads:
+                list(threads.map(_Draft.sync, drafts))
+        for draft in drafts:
+            with draft.blame():
+                draft.file.close()
+                os.replace(draft.temporary, draft.path)
+        for folder in dict.fromkeys(draft.path.parent for draft in drafts):
+            sync_folder(folder)
+    except BaseException:
+        for draft in drafts:
+            with contextlib.suppress(OSError):
+                draft.file.close()
+            with contextlib.suppress(OSError):
+                draft.temporary.unlink()
         raise
 
 
@@ -117,6 +168,13 @@ class Folder:
         """A new file to write; see `open_atomic`."""
         return open_atomic(self.path / name)
 
+    @contextlib.contextmanager
+    def together(self) -> Iterator["Folder"]:
+        """This folder, but the files that are written into it in the block appear at its end, in the order in which they
+        were begun, once all are whole. It costs little more than one file does."""
+        with _publish_together() as begin:
+            yield _TogetherFolder(self.path, begin)
+
     def write(self, name: str, data: bytes) -> None:
         with self.create(name) as file:
             file.write(data)
@@ -140,6 +198,26 @@ class Folder:
         """For each file a text that is another one when the file has been replaced. Raises FileNotFoundError."""
         facts = [(self.path / name).stat() for name in names]
         return [f"{fact.st_size} {fact.st_mtime_ns}" for fact in facts]
+
+
+class _TogetherFolder(Folder):
+    def __init__(self, path: Path, begin: Callable[[Path], contextlib.AbstractContextManager[BinaryIO]]) -> None:
+        super().__init__(path)
+        self._begin = begin
+
+    def create(self, name: str) -> contextlib.AbstractContextManager[BinaryIO]:
+        return self._begin(self.path / name)
+
+
+def read_open_file(descriptor: int, size: int) -> bytes:
+    """All bytes of a file that was just opened and said to have `size`; one system call, unless it had not."""
+    data = os.read(descriptor, size + 1)
+    if len(data) == size:
+        return data
+    parts = [data]
+    while parts[-1]:
+        parts.append(os.read(descriptor, 2**20))
+    return b"".join(parts)
 
 
 class RangeReader:
@@ -248,6 +326,10 @@ class RemoteFolder(Folder):
                 with contextlib.suppress(Exception):
                     fs.rm_file(temporary)
                 raise
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[Folder]:
+        yield self  # an object is whole when it is there, and needs no sync
 
     def remove(self, name: str) -> None:
         with contextlib.suppress(FileNotFoundError):

@@ -9,8 +9,8 @@ import hashlib
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,9 @@ from data_tools.shards import (
     ShardInfo,
     check_shard_files,
     sidecar_name,
+    statistics_name,
 )
+from data_tools.workers import Report, Workers, open_progress_bar, run_tasks
 
 if TYPE_CHECKING:
     import pyarrow
@@ -256,6 +258,57 @@ def write_sidecar(out: Folder, shard: str, rows: list[dict[str, Any]], schema: "
     content = sidecar.getvalue().to_pybytes()
     out.write(sidecar_name(shard), content)
     return hashlib.sha256(content).hexdigest()
+
+
+def complete_shard(
+    out: Folder, info: ShardInfo, build: str, rows: list[dict[str, Any]], schema: "pyarrow.Schema", **facts: Any
+) -> dict[str, Any]:
+    """Write the sidecar of a shard and, last, its statistics, which say that it is complete; returns them.
+
+    `rows` are for the sidecar, `facts` are what its statistics tell beside the usual.
+    """
+    sidecar_sha256 = write_sidecar(out, info.name, rows, schema)
+    errors = [row["error"].partition(": ")[0] for row in rows if row["status"] != "success"]
+    statistics = {
+        **asdict(info),
+        "build": build,
+        "sidecar_sha256": sidecar_sha256,
+        "failures": len(errors),
+        "captions": sum(len(row["captions"] or ()) for row in rows if row["status"] == "success"),
+        "failures_by_reason": count(errors),
+        **facts,
+    }
+    out.write_json(statistics_name(info.name), statistics)
+    return statistics
+
+
+def make_shards(
+    out: Folder,
+    build: str,
+    stems: Sequence[str],
+    function: Callable[[Any, Report], dict[str, Any]],
+    tasks: Sequence[Any],
+    samples: Sequence[int],
+    processes: int,
+    workers: Workers | None = None,
+    tell: Callable[[str], None] = print,
+) -> tuple[list[dict[str, Any]], int]:
+    """Make those shards of the run that are not there yet, by `function(task, report)` in worker processes.
+
+    `stems`, `tasks` and `samples` have an entry for each shard; `workers` may have been started before. Returns the
+    statistics of all, and the number of samples that were tried now.
+    """
+    statistics = load_finished_shards(out, stems, build)
+    waiting = [number for number, found in enumerate(statistics) if found is None]
+    if len(waiting) < len(stems):
+        tell(f"{out}: going on, {len(stems) - len(waiting)} of {len(stems)} shards are there already")
+    tried = sum(samples[number] for number in waiting)
+    with open_progress_bar(tried, "sample") as report:
+        tasks = [tasks[number] for number in waiting]
+        with contextlib.closing(run_tasks(function, tasks, processes, report, workers)) as made:
+            for place, result in made:
+                statistics[waiting[place]] = result
+    return statistics, tried
 
 
 def read_sidecar_rows(manifest: Manifest, columns: Sequence[str]) -> Iterator[dict[str, Any]]:

@@ -2,6 +2,9 @@
 
 JPEGs go through libjpeg-turbo and OpenCV, all else through Pillow. Only operations whose result does not depend on the
 processor are used, since the same picture must become the same bytes on every host.
+
+A JPEG that keeps its bytes, and about which nothing is unusual, needs no Pillow at all: `_copy_plain_jpeg` says of it
+what the way through Pillow would say, sooner; all others take that way.
 """
 
 import functools
@@ -23,6 +26,7 @@ from data_tools.errors import UserError, suggest
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MODES = ("keep_ratio", "center_crop", "border", "squash", "no")
+CHECKS = ("full", "structure")
 OUTPUTS = {"jpg": "JPEG", "webp": "WEBP", "png": "PNG"}
 """The extension of a stored picture -> what Pillow calls its format."""
 MAX_PIXELS = 89_000_000
@@ -45,7 +49,13 @@ _SIDEWAYS = tuple(_TRANSPOSE[orientation] for orientation in (5, 6, 7, 8))
 _CORRUPT_JPEG = re.compile("premature end|bad Huffman code|instead of RST", re.IGNORECASE)
 """What libjpeg-turbo says of damaged picture data. It has other complaints, about files that any viewer shows whole."""
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+_RESTART = re.compile(rb"\xff([\xd0-\xd7])")
+_SEGMENT = struct.Struct(">BBH")
+_FRAME = struct.Struct(">BHHB")
+_SCAN, _COMMENT, _APPLICATION_DATA = 0xDA, 0xFE, range(0xE0, 0xF0)
 _KEPT_APPLICATION_DATA = {0xE0: b"JFIF\0", 0xE2: b"ICC_PROFILE\0", 0xEE: b"Adobe"}
+_LEAST_APPLICATION_BYTES = {0xE0: 16, 0xE2: 18, 0xEE: 16}
+"""Of segments that Pillow reads: it takes a shorter one, of a known name, for damage."""
 _KEPT_PNG_CHUNKS = (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"iCCP", b"sRGB", b"gAMA", b"cHRM", b"cICP", b"sBIT")
 _KEPT_WEBP_CHUNKS = (b"VP8X", b"VP8 ", b"VP8L", b"ICCP")
 _WEBP_METADATA_FLAGS = 0x0C
@@ -75,9 +85,10 @@ class ImagePolicy:
     middle square that is cut out (center_crop); the longer side, with white around it up to a square of that side
     (border); each side by itself (squash); nothing (no). `quality` is for jpg and webp, 1 to 100. Refused from the
     header: a shorter side under `min_size`, more than `max_pixels`, longer side / shorter side over `max_aspect` (0 is
-    any). Without `check_copies` a JPEG that keeps its bytes is not decoded to see whether it is whole: its segments and
-    its end still have to be there, but damage in its coded data goes unnoticed. Raises UserError for values that make no
-    sense.
+    any). `check` is for JPEGs that keep their bytes: "full" decodes each (its coded data; at an eighth of the size), which
+    finds damage that breaks the entropy coding; "structure" only those about whose segments, tables or restart markers
+    anything is unusual, so that a file that was cut short is noticed, and damage in the midst of coded data is not.
+    Raises UserError for values that make no sense.
     """
 
     resize: int = 256
@@ -87,10 +98,10 @@ class ImagePolicy:
     min_size: int = 0
     max_pixels: int = MAX_PIXELS
     max_aspect: float = 0.0
-    check_copies: bool = True
+    check: str = "full"
 
     def __post_init__(self) -> None:
-        for name, valid in (("mode", MODES), ("format", tuple(OUTPUTS))):
+        for name, valid in (("mode", MODES), ("format", tuple(OUTPUTS)), ("check", CHECKS)):
             value = getattr(self, name)
             if value not in valid:
                 raise UserError(f"image {name} '{value}': unknown.{suggest(value, valid)} Valid: {', '.join(valid)}")
@@ -138,8 +149,13 @@ def prepare_picture(data: bytes, policy: ImagePolicy) -> Picture:
     A file of the output format that needs no change keeps its bytes, less any metadata but its colour profile. Others
     are decoded and encoded again: transparency on white, the first frame of an animation, turned as EXIF says.
     Raises PictureError for anything but a whole picture of a known format within the policy's limits. Damage in the
-    middle of a JPEG is noticed where it breaks the entropy coding; a flipped bit may well leave another valid picture.
+    middle of a JPEG is noticed where it breaks the entropy coding (but see `ImagePolicy.check`); a flipped bit may well
+    leave another valid picture.
     """
+    return _copy_plain_jpeg(data, policy) or _prepare_any(data, policy)
+
+
+def _prepare_any(data: bytes, policy: ImagePolicy) -> Picture:
     with _decoding():
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         _check_header(image, data, policy)
@@ -195,17 +211,29 @@ def _is_jpeg(image: Image.Image) -> bool:
 
 
 def _check_header(image: Image.Image, data: bytes, policy: ImagePolicy) -> None:
-    width, height = image.size
-    shape = f"{width} x {height}"
-    if width * height > policy.max_pixels:
-        raise PictureError("too many pixels", f"{shape}, at most {policy.max_pixels} are decoded")
-    if min(width, height) < policy.min_size:
-        raise PictureError("too small", f"{shape}, the shorter side is to have at least {policy.min_size}")
-    if policy.max_aspect and max(width, height) > policy.max_aspect * min(width, height):
-        raise PictureError("too long and narrow", f"{shape}, at most {policy.max_aspect:g} : 1 is asked for")
-    if "progressive" in image.info and data.count(b"\xff\xda") > _MAX_SCANS:
-        # Each scan can be a few bytes that cost a pass over the whole picture.
+    fault = _judge_size(*image.size, policy)
+    if fault is not None:
+        raise fault
+    if "progressive" in image.info and _has_endless_scans(data):
         raise PictureError("damaged picture", f"a JPEG of more than {_MAX_SCANS} scans")
+
+
+def _judge_size(width: int, height: int, policy: ImagePolicy) -> PictureError | None:
+    """Why a picture of so many pixels is refused, or None."""
+    if width * height > policy.max_pixels:
+        reason, limit = "too many pixels", f"at most {policy.max_pixels} are decoded"
+    elif min(width, height) < policy.min_size:
+        reason, limit = "too small", f"the shorter side is to have at least {policy.min_size}"
+    elif policy.max_aspect and max(width, height) > policy.max_aspect * min(width, height):
+        reason, limit = "too long and narrow", f"at most {policy.max_aspect:g} : 1 is asked for"
+    else:
+        return None
+    return PictureError(reason, f"{width} x {height}, {limit}")
+
+
+def _has_endless_scans(data: bytes) -> bool:
+    """Whether there are too many scans: each can be a few bytes that cost a pass over the whole picture."""
+    return data.count(b"\xff\xda") > _MAX_SCANS
 
 
 def _plan(width: int, height: int, policy: ImagePolicy) -> _Plan:
@@ -248,21 +276,23 @@ def _decode(image: Image.Image, data: bytes, plan: _Plan) -> tuple[np.ndarray, b
         ):
             eighths //= 2
         if image.mode == "RGB" or (image.mode == "L" and not profile):
-            pixels = _decode_jpeg(image, data, eighths)
+            pixels = _decode_jpeg(image.size, data, eighths)
             if pixels is not None:
                 return pixels, profile
         image.draft(None, (image.width * eighths // 8, image.height * eighths // 8))
     return np.asarray(_convert_to_rgb(image, profile)), None
 
 
-def _decode_jpeg(image: Image.Image, data: bytes, eighths: int, colours: str = "RGB") -> np.ndarray | None:
+def _decode_jpeg(size: tuple[int, int], data: bytes, eighths: int, colours: str = "RGB") -> np.ndarray | None:
     """Decode at `eighths` / 8 of the size; None if libjpeg-turbo has doubts that Pillow may not have."""
-    width, height = image.size
+    width, height = size
     scale = {} if eighths == 8 else {"min_width": -(-width * eighths // 8), "min_height": -(-height * eighths // 8)}
     try:
         if simplejpeg.decode_jpeg_header(data)[:2] != (height, width):
             return None
         return simplejpeg.decode_jpeg(data, colours, **scale)
+    except KeyError:  # a way to subsample for which simplejpeg has no name
+        return None
     except ValueError as error:
         if _CORRUPT_JPEG.search(str(error)):
             raise PictureError("damaged picture", str(error)) from None
@@ -371,9 +401,9 @@ def _copy(image: Image.Image, data: bytes, policy: ImagePolicy) -> bytes | None:
     if image.has_transparency_data or getattr(image, "is_animated", False):
         return None
     copy = _STRIP[format](data)
-    if copy is None or (format == "jpg" and not policy.check_copies):
-        return copy
-    if format == "jpg" and _decode_jpeg(image, copy, 1, "GRAY") is not None:
+    if copy is None:
+        return None
+    if format == "jpg" and _decode_jpeg(image.size, copy, 1, "GRAY") is not None:
         return copy
     if format != "jpg" and copy == data:
         return copy  # it has been decoded
@@ -393,28 +423,146 @@ def strip_jpeg(data: bytes) -> bytes | None:
     Returns None when the file is not a plain run of segments up to an end-of-image marker that is its end (such as a
     photo with a film or another photo behind it), so that only encoding it again would clean it.
     """
-    kept = [data[:2]]
+    segments = _list_segments(data)
+    return None if segments is None else _join_kept(data, segments)
+
+
+def _list_segments(data: bytes) -> list[tuple[int, int, int]] | None:
+    """The segments of a JPEG as (marker, start, end), scans with their coded data; None unless they are a plain run up to
+    an end-of-image marker that is the end of the file."""
+    segments = []
     position = 2
     while position + 4 <= len(data):
-        prefix, marker, length = struct.unpack_from(">BBH", data, position)
+        prefix, marker, length = _SEGMENT.unpack_from(data, position)
         if prefix != 0xFF or marker < 0xC0 or 0xD0 <= marker <= 0xD9 or length < 2:
             return None
         start, position = position, position + 2 + length
-        if marker == 0xDA:  # start of scan: its coded data has no length but ends before the next marker
+        if marker == _SCAN:  # its coded data has no length but ends before the next marker
             end = _JPEG_MARKER.search(data, position)
             if end is None:
                 return None
             position = end.start()
-        segment = data[start:position]
-        if 0xE0 <= marker <= 0xEF:
-            wanted = _KEPT_APPLICATION_DATA.get(marker)
-            if wanted is not None and segment.startswith(wanted, 4):
-                kept.append(segment)
-        elif marker != 0xFE:
-            kept.append(segment)
+        segments.append((marker, start, position))
         if position + 2 == len(data) and data.endswith(b"\xff\xd9"):
-            return b"".join((*kept, b"\xff\xd9"))
+            return segments
     return None
+
+
+def _join_kept(data: bytes, segments: list[tuple[int, int, int]]) -> bytes:
+    """The JPEG of those segments that may be stored."""
+    kept, start = [], 0  # runs of segments that stand together
+    for marker, begin, end in segments:
+        wanted = _KEPT_APPLICATION_DATA.get(marker)
+        if marker == _COMMENT or (
+            marker in _APPLICATION_DATA and (wanted is None or not data.startswith(wanted, begin + 4, end))
+        ):
+            kept.append(data[start:begin])
+            start = end
+    return b"".join((*kept, data[start:])) if kept else data
+
+
+def _copy_plain_jpeg(data: bytes, policy: ImagePolicy) -> Picture | None:
+    """The picture if `data` is a JPEG that keeps its bytes; None for one that does not, or about which anything is
+    unusual. Raises PictureError for damage that decoding finds."""
+    if policy.format != "jpg" or not data.startswith(b"\xff\xd8\xff"):
+        return None
+    segments = _list_segments(data)
+    size = None if segments is None else _read_plain_size(data, segments)
+    if size is None or max(size) > _MAX_SIDE["jpg"] or _judge_size(*size, policy) is not None:
+        return None
+    if _plan(*size, policy).framed != size:
+        return None
+    copy = _join_kept(data, segments)
+    if policy.check == "full":
+        with _decoding():
+            if _decode_jpeg(size, copy, 1, "GRAY") is None:
+                return None
+    return Picture(copy, "jpg", *size, *size)
+
+
+def _read_plain_size(data: bytes, segments: list[tuple[int, int, int]]) -> tuple[int, int] | None:
+    """Width and height of a JPEG that is upright and that any decoder shows alike: with one frame of 1 or 3 components of
+    8 bits, coded by Huffman's method, and tables, scans and restart markers as they should be. None for others, and for
+    those with data of programs that only Pillow reads."""
+    size, restarts, has_exif = None, False, False
+    for marker, start, end in segments:
+        content = start + 4
+        if marker == _SCAN:
+            length = _SEGMENT.unpack_from(data, start)[2]
+            if size is None or length != 6 + 2 * data[content]:
+                return None
+            if restarts and not _is_cycle(_RESTART.findall(data, start + 2 + length, end)):
+                return None
+        elif marker in (0xDB, 0xC4):  # quantisation, Huffman
+            if not _are_whole_tables(data, marker, content, end):
+                return None
+        elif marker in (0xC0, 0xC1, 0xC2):  # a frame: baseline, extended, progressive
+            if size is not None or end - start < 13 or (marker == 0xC2 and _has_endless_scans(data)):
+                return None
+            bits, height, width, components = _FRAME.unpack_from(data, content)
+            if bits != 8 or components not in (1, 3) or end - start != 10 + 3 * components or not width * height:
+                return None
+            size = (width, height)
+        elif marker == 0xE1:  # EXIF or XMP, both of which may turn the picture
+            is_exif = data.startswith(b"Exif\0\0", content, end)
+            if is_exif and (has_exif or not _is_upright(data[content + 6 : end])):
+                return None
+            if not is_exif and data.find(b"Orientation", content, end) >= 0:
+                return None
+            has_exif |= is_exif
+        elif marker == 0xDD:
+            restarts = end - start == 6 and data[content:end] != b"\0\0"
+        elif marker in _APPLICATION_DATA:
+            if end - start < _LEAST_APPLICATION_BYTES.get(marker, 4):
+                return None
+            if marker == 0xE2 and data.startswith(b"MPF\0", content, end):  # several pictures
+                return None
+            if marker == 0xED and not _are_whole_resources(data[content:end]):
+                return None
+        elif marker != _COMMENT:
+            return None
+    return size
+
+
+def _is_cycle(restarts: list[bytes]) -> bool:
+    """Whether the restart markers of a scan are numbered from 0 to 7, over and over."""
+    return all(marker[0] == number & 7 | 0xD0 for number, marker in enumerate(restarts))
+
+
+def _are_whole_tables(data: bytes, marker: int, place: int, end: int) -> bool:
+    while place < end:
+        if marker == 0xDB:
+            place += 65 if data[place] < 16 else 129
+        else:
+            place += 17 + sum(data[place + 1 : place + 17])
+    return place == end
+
+
+def _are_whole_resources(content: bytes) -> bool:
+    """Whether what Photoshop adds, if this is that, is whole. Source: Adobe, Photoshop file formats, image resources."""
+    if not content.startswith(b"Photoshop 3.0\0"):
+        return True
+    place = 14
+    while content.startswith(b"8BIM", place) and place + 12 <= len(content):
+        place += 7 + content[place + 6]  # a name, padded to be even
+        place += place & 1
+        size = int.from_bytes(content[place : place + 4], "big")
+        place += 4 + size + size % 2
+    return place >= len(content)
+
+
+def _is_upright(exif: bytes) -> bool:
+    """Whether EXIF data is as it should be and does not ask to turn the picture. Source: TIFF 6.0, section 2."""
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[:4])
+    if order is None:
+        return False
+    try:
+        (directory,) = struct.unpack_from(f"{order}I", exif, 4)
+        (count,) = struct.unpack_from(f"{order}H", exif, directory)
+        entries = [struct.unpack_from(f"{order}HHIHH", exif, directory + 2 + 12 * number) for number in range(count)]
+    except struct.error:
+        return False
+    return all(entry[1:4] == (3, 1, 1) for entry in entries if entry[0] == _ORIENTATION_TAG)
 
 
 def strip_png(data: bytes) -> bytes | None:
@@ -442,7 +590,7 @@ def strip_webp(data: bytes) -> bytes | None:
         start, position = position, position + 8 + length + length % 2
         if kind in _KEPT_WEBP_CHUNKS:
             chunk = bytearray(data[start:position])
-            if kind == b"VP8X" and length:
+            if kind == b"VP8X" and len(chunk) > 8:
                 chunk[8] &= ~_WEBP_METADATA_FLAGS
             kept.append(bytes(chunk))
     if position != len(data) or struct.unpack_from("<I", data, 4)[0] + 8 != len(data):

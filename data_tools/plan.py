@@ -1,7 +1,7 @@
 """The plan of a build: the rows of any source, grouped by picture, put in order and cut into shards.
 
-The grouping and sorting is DuckDB's, which works within a memory limit and on disk beyond it, so a plan of a billion rows
-takes as much memory as one of ten thousand. A plan is a folder with a parquet file for each shard (the rows of its
+The grouping and sorting is DuckDB's, which works within a limit of memory and on disk beyond it: three million
+rows take as much memory as one million. A plan is a folder with a parquet file for each shard (the rows of its
 samples, in order) and plan.json, written last; any process can then make any shard alone.
 """
 
@@ -9,6 +9,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -20,17 +21,19 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
+from data_tools.database import PLAN_MEMORY, connect
 from data_tools.errors import UserError
 from data_tools.files import lock_folder, write_json_atomic
 from data_tools.sources import Row, Source
 
 STATE_NAME = "plan.json"
 ROWS_AT_ONCE = 20_000
-MEMORY_LIMIT = "128MB"
 _SCHEMA = pyarrow.schema([(name, pyarrow.string()) for name in Row._fields])
 _NAMES_SHOWN = 3
 _DISK_FULL = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "failed to offload data block")
 """What DuckDB's errors, of several kinds, say where the disk is full, or would be."""
+_MEMORY_FULL = re.compile(r"\(\S+ \S+/\S+ \S+ used\)")
+"""And where the limit of memory is met, with nothing left that could go to the disk: (61.0 MiB/61.0 MiB used)."""
 
 
 @dataclass(slots=True)
@@ -116,20 +119,26 @@ def _make_plan(source: Source, folder: Path, samples_per_shard: int, seed: int |
     import duckdb
 
     work = folder / "work"
-    work.mkdir()
-    config = {"memory_limit": MEMORY_LIMIT, "threads": 1, "temp_directory": str(work / "spill")}
-    try:
-        with duckdb.connect(str(work / "rows.duckdb"), config=config) as connection:
-            _collect_rows(connection, source)
-            _check_names(connection, source, keep)
-            plan = Plan(folder, _order_samples(connection, source, seed, keep), samples_per_shard)
-            _write_shards(connection, plan)
-    except duckdb.Error as error:
-        if any(words in str(error) for words in _DISK_FULL):
-            raise OSError(errno.ENOSPC, "the plan cannot be written", str(work)) from None
-        raise
-    shutil.rmtree(work)
-    return plan
+    for memory in PLAN_MEMORY:
+        work.mkdir()
+        try:
+            with connect(work, memory, threads=1) as connection:
+                _collect_rows(connection, source)
+                _check_names(connection, source, keep)
+                plan = Plan(folder, _order_samples(connection, source, seed, keep), samples_per_shard)
+                _write_shards(connection, plan)
+                return plan
+        except duckdb.Error as error:
+            if any(words in str(error) for words in _DISK_FULL):
+                raise OSError(errno.ENOSPC, "the plan cannot be written", str(work)) from None
+            if not _MEMORY_FULL.search(str(error)):
+                raise
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    raise UserError(
+        f"{source}: its rows are so long that they cannot be put in order in {PLAN_MEMORY[-1]} of memory. Shorten the "
+        "captions, or keep fewer columns with --keep-columns"
+    )
 
 
 def _collect_rows(connection: Any, source: Source) -> None:

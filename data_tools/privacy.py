@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +26,18 @@ from data_tools.faces import CELLS, QUALITY, Box, FaceError, FaceFinder, hide_fa
 from data_tools.files import Folder, format_bytes, format_counts, hash_file, open_folder
 from data_tools.folder import (
     add_counts,
-    count,
+    complete_shard,
     identify,
     is_finished,
-    load_finished_shards,
     load_state,
+    make_shards,
     prepare_folder,
     remove_run,
     select_info,
-    write_sidecar,
 )
 from data_tools.personal import KINDS, mask_personal_data
 from data_tools.shards import Manifest, RawSample, ShardError, ShardReader, sidecar_name, write_shard
-from data_tools.workers import Report, choose_processes, open_progress_bar, run_tasks
+from data_tools.workers import Report, choose_processes
 
 COMMAND = "privacy"
 CAPTIONS = ("mask", "drop", "keep")
@@ -225,16 +224,10 @@ def _clean(rules: _Rules, options: dict[str, Any], processes: int, as_json: bool
     """Make the shards that are not there yet, then the manifest, and say what came of it."""
     source = rules.source
     stems = [shard.name.removesuffix(".tar") for shard in source.shards]
-    shards = load_finished_shards(rules.out, stems, rules.build)
-    waiting = [number for number, statistics in enumerate(shards) if statistics is None]
-    if len(waiting) < len(shards) and not as_json:
-        print(f"{rules.out}: going on, {len(shards) - len(waiting)} of {len(shards)} shards are there already")
-    samples = int(source.counts[waiting].sum())
     started_s = time.monotonic()
-    with open_progress_bar(samples, "sample") as report:
-        with closing(run_tasks(rules, waiting, processes, report)) as results:
-            for place, statistics in results:
-                shards[waiting[place]] = statistics
+    tell = (lambda text: None) if as_json else print
+    numbers, samples = range(len(stems)), source.counts.tolist()
+    shards, tried = make_shards(rules.out, rules.build, stems, rules, numbers, samples, processes, tell=tell)
     elapsed_s = time.monotonic() - started_s
     entries = sorted(set().union(*(statistics["removed_entries_sha256"] for statistics in shards)))
     report = {
@@ -262,7 +255,7 @@ def _clean(rules: _Rules, options: dict[str, Any], processes: int, as_json: bool
     if manifest.samples == 0:
         raise UserError(f"{rules.out}: no sample would be left ({format_counts(failures)}). Give other options")
     manifest.write()
-    rate = samples / max(elapsed_s, 1e-9)
+    rate = tried / max(elapsed_s, 1e-9)
     text = (
         f"{rules.out}: {manifest.samples} of {source.samples} samples, {manifest.captions} captions, "
         f"{format_bytes(manifest.bytes)} in {len(shards)} tars; {rate:.0f} samples/s"
@@ -316,43 +309,35 @@ def _clean_shard(rules: _Rules, number: int, report: Report) -> dict[str, Any]:
     cleaner = _Cleaner(rules, [row["key"] for row in rows])
     reader, places = ShardReader(source), iter(source.places(number).tolist())
     cleaned = []
-    with closing(reader), _one_thread(rules.faces), write_shard(rules.out, name) as writer:
-        for row in rows:
-            sample = None
-            if row["status"] == "success":
-                place = next(places)
-                sample = reader.read_place(number, place)
-                if sample.key != row["key"]:
-                    raise ShardError(
-                        f"{where}: sample {place} has the key {sample.key}, its sidecar says {row['key']}. Restore both "
-                        "from a copy"
-                    )
-                _check_picture(where, row, sample)
-            row, fields = cleaner.clean(row, sample)
-            if fields is not None:
-                row["offset"], row["size"] = writer.add(row["key"], fields)
-            cleaned.append(row)
-            if sample is not None:
-                report(1, (row["error"] or "") if fields is None else "", row["size"] if fields is not None else 0)
-    sidecar_sha256 = write_sidecar(rules.out, name, cleaned, table.schema)
-    made = [row for row in cleaned if row["status"] == "success"]
-    statistics = {
-        **asdict(writer.info),
-        "build": rules.build,
-        "sidecar_sha256": sidecar_sha256,
-        "failures": len(cleaned) - len(made),
-        "captions": sum(len(row["captions"] or ()) for row in made),
-        "failures_by_reason": count(row["error"].partition(": ")[0] for row in cleaned if row["status"] != "success"),
-        "masked": dict(sorted(cleaner.masked.items())),
-        "dropped": dict(sorted(cleaner.dropped.items())),
-        "faces": cleaner.faces,
-        "pictures_with_faces": cleaner.pictures_with_faces,
-        "boxes": cleaner.boxes_met,
-        "removed": cleaner.removed,
-        "removed_entries_sha256": sorted(cleaner.removed_entries),
-    }
-    rules.out.write_json(f"{name.removesuffix('.tar')}_stats.json", statistics)
-    return statistics
+    with rules.out.together() as out:
+        with closing(reader), _one_thread(rules.faces), write_shard(out, name) as writer:
+            for row in rows:
+                sample = None
+                if row["status"] == "success":
+                    place = next(places)
+                    sample = reader.read_place(number, place)
+                    if sample.key != row["key"]:
+                        raise ShardError(
+                            f"{where}: sample {place} has the key {sample.key}, its sidecar says {row['key']}. Restore "
+                            "both from a copy"
+                        )
+                    _check_picture(where, row, sample)
+                row, fields = cleaner.clean(row, sample)
+                if fields is not None:
+                    row["offset"], row["size"] = writer.add(row["key"], fields)
+                cleaned.append(row)
+                if sample is not None:
+                    report(1, (row["error"] or "") if fields is None else "", row["size"] if fields is not None else 0)
+        facts = {
+            "masked": dict(sorted(cleaner.masked.items())),
+            "dropped": dict(sorted(cleaner.dropped.items())),
+            "faces": cleaner.faces,
+            "pictures_with_faces": cleaner.pictures_with_faces,
+            "boxes": cleaner.boxes_met,
+            "removed": cleaner.removed,
+            "removed_entries_sha256": sorted(cleaner.removed_entries),
+        }
+        return complete_shard(out, writer.info, rules.build, cleaned, table.schema, **facts)
 
 
 def _check_sidecar(where: str, schema: pyarrow.Schema) -> None:

@@ -12,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from data_tools.errors import UserError
+from data_tools.files import read_open_file
 from data_tools.image import PictureError
 from data_tools.inputs import (
     CAPTION_COLUMNS,
@@ -244,13 +245,15 @@ class FolderSource(_RecordSource):
 def _read_regular(path: str, limit: int) -> bytes:
     """The bytes of a regular file. Raises PictureError for anything else and for one that is too large."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe of that name must not hang us
-    with open(descriptor, "rb") as file:
+    try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise PictureError("not a file", path)
         if status.st_size > limit:
             raise PictureError("file too large", f"{path} has {status.st_size} bytes, at most {limit} are read")
-        return file.read()
+        return read_open_file(descriptor, status.st_size)
+    finally:
+        os.close(descriptor)
 
 
 def _read_captions(where: str, texts: Mapping[str, bytes], asked: str | None) -> tuple[Any, dict[str, Any]]:

@@ -13,40 +13,39 @@ import shutil
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
-from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data_tools.database import RESHARD_MEMORY, connect
 from data_tools.errors import UserError
 from data_tools.files import Folder, format_bytes, open_folder, write_json_atomic
 from data_tools.folder import (
     PLAN_NAME,
     choose_plan_place,
+    complete_shard,
     identify,
     is_finished,
     list_sidecar_fields,
-    load_finished_shards,
     load_state,
+    make_shards,
     name_shards,
     prepare_folder,
     remove_run,
     select_info,
-    write_sidecar,
 )
 from data_tools.index import describe_sample
 from data_tools.shards import PICTURE_EXTENSIONS, Manifest, ShardError, write_shard
 from data_tools.shards import sidecar_name as name_sidecar
 from data_tools.tar import TarError, is_sample_file, parse_members, split_name
-from data_tools.workers import Report, choose_processes, open_progress_bar, run_tasks
+from data_tools.workers import Report, choose_processes, open_progress_bar
 
 if TYPE_CHECKING:
     import duckdb
     import pyarrow
 
-MEMORY_LIMIT = "400MB"
 _ROWS_AT_ONCE = 20_000
 _OPEN_TARS = 256
 _PLAN = ("_position", "_tar", "_start", "_end", "_shown")
@@ -134,7 +133,9 @@ def reshard(
                 for number, stem in enumerate(stems)
             ]
             started_s = time.monotonic()
-            statistics = _make_shards(tasks, processes)
+            statistics, _ = make_shards(
+                folder, build, stems, _make_shard, tasks, counts, processes, tell=lambda text: None
+            )
             manifest = Manifest.of_shards(
                 folder,
                 [select_info(part) for part in statistics],
@@ -225,7 +226,7 @@ def _load_or_make_plan(
     total = sum(manifest.samples for manifest in manifests)
     ranks = order_samples(total, drawn, options["shuffle"], options["seed"] or 0)
     sizes = np.zeros(drawn, dtype=np.int64)
-    with _connect(place / "work") as connection:
+    with connect(place / "work", RESHARD_MEMORY) as connection:
         rows = _Rows(connection)
         with open_progress_bar(sum(len(manifest.shards) for manifest in manifests), "sidecar") as report:
             first = 0
@@ -371,13 +372,6 @@ def _find_common_type(one: str, other: str) -> str:
     return "DOUBLE" if one in _NUMBERS and other in _NUMBERS else "VARCHAR"
 
 
-def _connect(work: Path) -> "duckdb.DuckDBPyConnection":
-    import duckdb
-
-    config = {"memory_limit": MEMORY_LIMIT, "threads": 2, "temp_directory": str(work / "spill")}
-    return duckdb.connect(str(work / "rows.duckdb"), config=config)
-
-
 def _quote(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
@@ -392,18 +386,6 @@ def _remove_plan(folder: Folder) -> None:
 
 
 # Making the shards
-
-
-def _make_shards(tasks: Sequence[_Task], processes: int) -> list[dict[str, Any]]:
-    """Make the shards that are not there yet; returns the statistics of all."""
-    out = tasks[0].out
-    found = load_finished_shards(out, [task.stem for task in tasks], tasks[0].build)
-    waiting = [number for number, statistics in enumerate(found) if statistics is None]
-    with open_progress_bar(sum(tasks[number].samples for number in waiting), "sample") as report:
-        with closing(run_tasks(_make_shard, [tasks[number] for number in waiting], processes, report)) as results:
-            for place, statistics in results:
-                found[waiting[place]] = statistics
-    return found  # none is None now
 
 
 class _Tars:
@@ -443,33 +425,22 @@ def _make_shard(task: _Task, report: Report) -> dict[str, Any]:
 
     file = pyarrow.parquet.ParquetFile(task.rows)
     schema = _make_schema(file.schema_arrow)
-    tars, rows, captions = _Tars(), [], 0
+    tars, rows = _Tars(), []
     planned = (row for batch in file.iter_batches(_ROWS_AT_ONCE) for row in batch.to_pylist())
-    with write_shard(task.out, f"{task.stem}.tar") as writer:
-        for place, row in enumerate(planned):
-            key = f"{task.stem}{place:0{task.digits}d}"
-            fields = tars.read(row["_tar"], row["_start"], row["_end"])
-            row, fields = _renew(row, fields, key, tars.key)
-            try:
-                row["offset"], row["size"] = writer.add(key, fields)
-            except ValueError as error:
-                where = f"{row['_tar']}: the sample at byte {row['_start']}"
-                raise UserError(f"{where}: {error}. Leave it out with a view") from None
-            captions += len(row["captions"])
-            rows.append({name: value for name, value in row.items() if name not in _PLAN})
-            report(1, size=row["size"])
-    hashed = write_sidecar(task.out, f"{task.stem}.tar", rows, schema)
-    statistics = {
-        **asdict(writer.info),
-        "build": task.build,
-        "failures": 0,
-        "captions": captions,
-        "failures_by_reason": {},
-        "refused_captions": {},
-        "sidecar_sha256": hashed,
-    }
-    task.out.write_json(f"{task.stem}_stats.json", statistics)
-    return statistics
+    with task.out.together() as out:
+        with write_shard(out, f"{task.stem}.tar") as writer:
+            for place, row in enumerate(planned):
+                key = f"{task.stem}{place:0{task.digits}d}"
+                fields = tars.read(row["_tar"], row["_start"], row["_end"])
+                row, fields = _renew(row, fields, key, tars.key)
+                try:
+                    row["offset"], row["size"] = writer.add(key, fields)
+                except ValueError as error:
+                    where = f"{row['_tar']}: the sample at byte {row['_start']}"
+                    raise UserError(f"{where}: {error}. Leave it out with a view") from None
+                rows.append({name: value for name, value in row.items() if name not in _PLAN})
+                report(1, size=row["size"])
+        return complete_shard(out, writer.info, task.build, rows, schema, refused_captions={})
 
 
 def _make_schema(planned: "pyarrow.Schema") -> "pyarrow.Schema":

@@ -34,7 +34,15 @@ import numpy as np
 
 from data_tools.errors import UserError
 from data_tools.files import Folder, open_folder, render_json
-from data_tools.tar import ARCHIVE_END, TarError, is_sample_file, parse_members, render_member, split_name
+from data_tools.tar import (
+    ARCHIVE_END,
+    BLOCK_BYTES,
+    TarError,
+    is_sample_file,
+    parse_members,
+    render_header,
+    split_name,
+)
 
 if TYPE_CHECKING:
     import pyarrow
@@ -51,6 +59,7 @@ RETRY_NAME = "retry.json"
 INDEX_SUFFIX = ".idx"
 
 _ADVICE = f"Restore it from a copy, or delete {MANIFEST_NAME} and run the same build again"
+_SENT_AT_ONCE = 8 * 2**20
 
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_-]+\.tar")
 _KEY = re.compile(r"[A-Za-z0-9_-]+")
@@ -539,13 +548,16 @@ class ShardWriter:
         self._file = file
         self._offsets = [0]
         self._hash = hashlib.sha256()
+        self._written = self._sent = 0
 
     def add(self, key: str, fields: Mapping[str, bytes]) -> tuple[int, int]:
         """Append a sample, members KEY.EXTENSION in the order of `fields`; return its offset and its size in bytes."""
         if not _KEY.fullmatch(key) or not all(_EXTENSION.fullmatch(extension) for extension in fields):
             raise ValueError(f"{key!r} with {list(fields)}: keys have ASCII letters, digits, '_' and '-', but no dot")
-        offset = self._offsets[-1]
-        size = sum(self._write(render_member(f"{key}.{extension}", data)) for extension, data in fields.items())
+        parts: list[bytes] = []
+        for extension, data in fields.items():
+            parts += (render_header(f"{key}.{extension}", len(data)), data, bytes(-len(data) % BLOCK_BYTES))
+        offset, size = self._offsets[-1], self._write(b"".join(parts))
         self._offsets.append(offset + size)
         return offset, size
 
@@ -565,6 +577,13 @@ class ShardWriter:
     def _write(self, data: bytes) -> int:
         self._file.write(data)
         self._hash.update(data)
+        self._written += len(data)
+        if self._written - self._sent >= _SENT_AT_ONCE and hasattr(os, "posix_fadvise"):
+            # The system begins to write these pages to the disk, so that there is little to wait for at the end. (It
+            # forgets the pages that it has written before, which here are none.)
+            self._file.flush()
+            os.posix_fadvise(self._file.fileno(), self._sent, self._written - self._sent, os.POSIX_FADV_DONTNEED)
+            self._sent = self._written
         return len(data)
 
 

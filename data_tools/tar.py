@@ -22,6 +22,9 @@ MAX_MEMBER_BYTES = 8**11 - 1
 _HEADER_AFTER_MODE = b"0000000\0" + b"0000000\0"  # owner and group number
 _HEADER_AFTER_CHECKSUM = b"0" + bytes(100) + b"ustar\x0000" + bytes(32) + bytes(32) + bytes(8) + bytes(8) + bytes(167)
 _EMPTY_CHECKSUM = b" " * 8
+_HEADER_AFTER_NAME = b"0000644\0" + _HEADER_AFTER_MODE
+_MODIFICATION_TIME = b"%011o\0" % 0
+_CONSTANT_SUM = sum(_HEADER_AFTER_NAME + _MODIFICATION_TIME + _EMPTY_CHECKSUM + _HEADER_AFTER_CHECKSUM)
 _ZEROS = bytes(BLOCK_BYTES)
 
 MAX_EXTENSION_BYTES = 2**20
@@ -67,21 +70,23 @@ class TarError(ValueError):
 
 
 def render_member(name: str, data: bytes) -> bytes:
-    """The archive bytes of one regular file, header and padding included.
+    """The archive bytes of one regular file, header and padding included; raises ValueError as `render_header` does."""
+    return b"".join((render_header(name, len(data)), data, bytes(-len(data) % BLOCK_BYTES)))
+
+
+def render_header(name: str, size: int) -> bytes:
+    """The header, 512 bytes, of a regular file with `size` bytes of data.
 
     Raises ValueError for a name that is empty, not ASCII or longer than 100 bytes, and for 8 GiB of data or more.
     """
-    encoded = name.encode("ascii", errors="replace")
-    if not name or not name.isascii() or len(encoded) > MAX_NAME_BYTES:
+    if not name or not name.isascii() or len(name) > MAX_NAME_BYTES:
         raise ValueError(f"member name {name!r}: a name has 1 to {MAX_NAME_BYTES} ASCII characters")
-    if len(data) > MAX_MEMBER_BYTES:
-        raise ValueError(f"member {name}: {len(data)} bytes do not fit, a member holds at most {MAX_MEMBER_BYTES}")
-    before = encoded.ljust(MAX_NAME_BYTES, b"\0") + b"0000644\0" + _HEADER_AFTER_MODE
-    before += b"%011o\0" % len(data) + b"%011o\0" % 0  # size, modification time
-    checksum = sum(before) + sum(_EMPTY_CHECKSUM) + sum(_HEADER_AFTER_CHECKSUM)
-    return b"".join(
-        (before, b"%06o\0 " % checksum, _HEADER_AFTER_CHECKSUM, data, bytes(-len(data) % BLOCK_BYTES)),
-    )
+    if size > MAX_MEMBER_BYTES:
+        raise ValueError(f"member {name}: {size} bytes do not fit, a member holds at most {MAX_MEMBER_BYTES}")
+    encoded, octal = name.encode(), b"%011o\0" % size
+    checksum = b"%06o\0 " % (sum(encoded) + sum(octal) + _CONSTANT_SUM)
+    padded = encoded.ljust(MAX_NAME_BYTES, b"\0")
+    return b"".join((padded, _HEADER_AFTER_NAME, octal, _MODIFICATION_TIME, checksum, _HEADER_AFTER_CHECKSUM))
 
 
 def read_headers(read: Callable[[int, int], bytes], total: int, is_part: bool = False) -> Generator[Member, None, int]:

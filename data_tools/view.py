@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data_tools.database import VIEW_MEMORY, connect
 from data_tools.errors import UserError, suggest
 from data_tools.files import Folder, is_url, open_folder
 from data_tools.shards import CHECKSUMS_NAME, MANIFEST_NAME, SELECTION_NAME, Manifest, Selection
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     import pyarrow
 
 COMPUTED = ("caption_words", "caption_chars", "captions_count", "aspect", "shard", "place")
-MEMORY_LIMIT = "1GB"
 _ROWS_AT_ONCE = 100_000
 _SHARDS_SHOWN = 10
 _VIEW_FILES = {MANIFEST_NAME, SELECTION_NAME, CHECKSUMS_NAME}
@@ -54,7 +54,7 @@ def make_view(
         raise UserError("--where: the expression is empty. Give one, such as: width >= 256")
     options = {"command": "view", "where": where, "join": [Path(file).name for file in join]}
     _check_out(folder, manifest, restart)
-    with tempfile.TemporaryDirectory() as work, _connect(work) as connection:
+    with tempfile.TemporaryDirectory() as work, connect(work, VIEW_MEMORY, on_disk=False) as connection:
         selection, captions = _select(connection, manifest, _accept_ok(where), [str(file) for file in join])
     remaining = int(selection.counts.sum())
     if remaining == 0:
@@ -89,12 +89,6 @@ def _accept_ok(where: str) -> str:
     """The expression with 'success' for 'ok' where it is compared with `status`."""
     where = _STATUS_IN.sub(lambda match: match.group().replace("'ok'", "'success'"), where)
     return _STATUS_IS.sub(r"\1'success'", where)
-
-
-def _connect(work: str) -> "duckdb.DuckDBPyConnection":
-    import duckdb
-
-    return duckdb.connect(config={"memory_limit": MEMORY_LIMIT, "temp_directory": work, "threads": 2})
 
 
 def _select(

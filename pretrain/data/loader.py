@@ -53,18 +53,15 @@ class DatasetConfig(ConfigModel):
 class DataConfig(ConfigModel):
     """Where the training pairs come from, and what is done to them. A list instead is short for `datasets`."""
 
-    path: str | None = (
-        None  # a folder or URL of `python -m data_tools build` or `view`; tars "x/{000..099}.tar"; "pipe:..."
-    )
+    # A folder or URL of `python -m data_tools build` or `view`, tars as "x/{000..099}.tar", or "pipe:...".
+    path: str | None = None
     datasets: list[DatasetConfig] | None = pydantic.Field(default=None, min_length=1)  # instead of `path`: a blend
-    captions: Literal["random", "turn"] = (
-        "random"  # of several a picture: drawn anew each epoch, or one after the other
-    )
+    captions: Literal["random", "turn"] = "random"  # of several: drawn anew each epoch, or one after the other
     fields: list[str] = []  # other files of a sample to hand on, decoded, in `Batch.extra`; e.g. [json, cls]
     stages: list[StageConfig] = []  # functions of yours on each sample before it is decoded
     augment: AugmentConfig = AugmentConfig()
     threads: int = pydantic.Field(default=2, ge=0)  # that read and decode, a rank; 0 = the training thread does it
-    prefetch_mib: Count = 256  # decoded ahead, a rank
+    prefetch_mib: Count = 128  # decoded ahead, a rank; two batches at least
     window_samples: Count = 100_000  # that are mixed with each other, over all ranks
     max_bad_share: float = pydantic.Field(default=0.05, ge=0, le=1)  # more samples replaced than this end the run
     cache: CacheConfig = CacheConfig()
@@ -214,18 +211,18 @@ class Loader:
 
     def ahead(self) -> int:
         """Batches that are under way at once."""
-        return min(MAX_AHEAD_BATCHES, max(1, self.config.prefetch_mib * 2**20 // self.batch_bytes()))
+        return min(MAX_AHEAD_BATCHES, max(2, self.config.prefetch_mib * 2**20 // self.batch_bytes()))
 
     def __iter__(self) -> Iterator[Batch]:
         ahead = self.ahead()
         pending: deque[Filling] = deque()
         submitted = self.position
         threads = self.config.threads
-        self.supply.open(submitted, ahead)
+        self.supply.open(submitted, ahead + 1)
         with ThreadPoolExecutor(threads, thread_name_prefix="decode") if threads else InThisThread() as pool:
             try:
                 while True:
-                    while len(pending) < ahead:
+                    while len(pending) <= ahead:  # one is about to be taken: the threads work on while it is trained on
                         pending.append(self.start(submitted, pool))
                         submitted += self.global_batch
                     batch = self.finish(pending.popleft())

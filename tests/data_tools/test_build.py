@@ -15,11 +15,14 @@ from pathlib import Path
 import pyarrow.parquet
 import pytest
 
+from data_tools import plan as plans
+from data_tools.__main__ import main
 from data_tools.build import build_shards
 from data_tools.errors import UserError
 from data_tools.image import ImagePolicy
 from data_tools.info import print_info
 from data_tools.shards import Manifest, ShardReader
+from data_tools.sources import open_source
 
 
 def read_samples(out: Path) -> list[dict]:
@@ -351,3 +354,29 @@ def test_info_fits_a_terminal(tmp_path, write_table, capsys):
     assert "height px    min 64, median 65, p95 66, max 66" in text
     assert "failures     1 (missing picture 1)" in text
     assert "  caption 0 one" in lines
+
+
+def test_rows_too_long_for_the_usual_memory_get_more(tmp_path, monkeypatch):
+    table = tmp_path / "table.tsv"
+    table.write_text("filename\tcaption\n" + "".join(f"{n}.jpg\t{n} {'long ' * 3000}\n" for n in range(500)))
+    source = open_source(str(table))
+    monkeypatch.setattr("data_tools.plan.PLAN_MEMORY", ("3MB", "200MB"))
+    plan = plans.load_or_make_plan(source, tmp_path / "plan", "build", 100, None, None)
+    assert [sample.source for number in range(5) for sample in plans.read_samples(plan.path(number))] == [
+        f"{number}.jpg" for number in range(500)
+    ]
+    assert sorted(os.listdir(tmp_path / "plan")) == [*(f"{number:05d}.parquet" for number in range(5)), "plan.json"]
+    monkeypatch.setattr("data_tools.plan.PLAN_MEMORY", ("3MB",))
+    with pytest.raises(UserError, match="table.tsv: its rows are so long that they cannot be put in order in 3MB"):
+        plans.load_or_make_plan(source, tmp_path / "other", "build", 100, None, None)
+
+
+@pytest.mark.parametrize(("check", "failures"), [("full", 1), ("structure", 0)])
+def test_how_copies_are_checked_is_chosen(tmp_path, write_table, check, failures):
+    table, images = write_table(3, size=200)
+    data = (images / "picture 1.jpg").read_bytes()
+    middle = len(data) // 2
+    (images / "picture 1.jpg").write_bytes(data[:middle] + data[middle + 3000 :])
+    build = ["build", table, tmp_path / "out", "--image-root", images, "--processes", 1, "--check", check]
+    assert main([str(argument) for argument in build]) == 0
+    assert Manifest.load(tmp_path / "out").failures == failures

@@ -58,7 +58,7 @@ def draw_caption(draw: random.Random) -> str:
 
 def draw_rows(draw: random.Random) -> list[dict]:
     """Rows with pictures that are missing, damaged or the same as others', and with none, one or several captions."""
-    pictures = [draw_picture(draw) for _ in range(draw.randint(16, 30))]
+    pictures = [draw_picture(draw) for _ in range(draw.randint(12, 18))]
     rows = []
     for number, data in enumerate(pictures):
         data = draw.choice([data] * 9 + [pictures[0]])
@@ -182,7 +182,7 @@ def draw_build(folder: Path, kind: str, draw: random.Random) -> list[str]:
     folder.mkdir()
     (folder / "block.txt").write_text("spam\n")
     source, *rest = KINDS[kind](folder, draw_rows(draw), draw)
-    options = ["--samples-per-shard", draw.randint(3, 6), "--resize", draw.choice([0, 24, 40])]
+    options = ["--samples-per-shard", draw.randint(3, 4), "--resize", draw.choice([0, 24, 40])]
     options += ["--resize-mode", draw.choice(["keep_ratio", "center_crop", "border", "squash"])]
     options += ["--format", draw.choice(["jpg", "jpg", "webp", "png"]), "--max-words", 100]
     options += ["--blocklist", folder / "block.txt", *draw.choice([[], ["--fix-text"]])]
@@ -277,16 +277,22 @@ def large_build(tmp_path, write_table) -> tuple[list, dict[str, str]]:
     return build, hash_files(tmp_path / "whole")
 
 
-def test_a_build_next_to_a_running_one_is_refused(tmp_path, killer, large_build, run_data_tools):
+def run_here(capsys, *arguments) -> tuple[int, str, str]:
+    """The exit code of a command in this process, and what it prints to stdout and to stderr."""
+    capsys.readouterr()
+    code = main([str(argument) for argument in arguments])
+    return code, *capsys.readouterr()
+
+
+def test_a_build_next_to_a_running_one_is_refused(tmp_path, killer, large_build, capsys):
     build, expected = large_build
     out = tmp_path / "out"
     running = killer.start([*build, out])
     stop_while(running, "00001.tar", out)
     try:
         for command in ([*build, out], [*build, out, "--task", "1/2"], ["finish", out], ["retry", out]):
-            run = run_data_tools(*command)
-            assert (run.returncode, run.stdout) == (2, "")
-            assert run.stderr == f"error: {out}: another process is writing here. Wait for it to end, or end it\n"
+            error = f"error: {out}: another process is writing here. Wait for it to end, or end it\n"
+            assert run_here(capsys, *command) == (2, "", error)
     finally:
         os.kill(running.pid, signal.SIGCONT)
     running.succeed()
@@ -323,10 +329,12 @@ def test_the_same_task_twice_at_once_makes_each_shard_once(tmp_path, killer, lar
 def test_a_task_that_was_killed_leaves_nothing_to_those_after_it(tmp_path, killer, large_build):
     build, expected = large_build
     out = tmp_path / "out"
-    for ends_at in (2, 5):  # before the half shard, and its index, get their names
+    # Before the index is begun, before the tar and before the index get their names. What an earlier one left is removed
+    # first, which counts. plan.tmp is among what is left.
+    for ends_at, left in ((2, 2), (4, 5), (6, 4)):
         killed = killer.start([*build, out, "--task", "1/2"], ends_at, "00000.tar.", True)
         assert killed.end() == -signal.SIGKILL
-        assert len(list(out.glob("*.tmp"))) == 2  # plan.tmp, and half a file
+        assert len(list(out.glob("*.tmp"))) == left
     killer.start([*build, out, "--task", "1/2"]).succeed()
     assert [path.name for path in out.glob("*.tmp")] == ["plan.tmp"]
     (out / "manifest.json.0123abcd.tmp").write_bytes(b"{")
@@ -338,17 +346,17 @@ def test_a_task_that_was_killed_leaves_nothing_to_those_after_it(tmp_path, kille
 # Inputs and folders that are not what they were
 
 
-def test_an_input_that_changes_in_mid_build_is_noticed(tmp_path, killer, large_build, run_data_tools):
+def test_an_input_that_changes_in_mid_build_is_noticed(tmp_path, killer, large_build, capsys):
     build, expected = large_build
     table, out = build[1], tmp_path / "out"
     assert killer.start([*build, out], 3, "00002.tar", True).end() == -signal.SIGKILL
     before = table.read_bytes()
     table.write_bytes(before + b"picture 1.jpg\tanother\n")
-    run = run_data_tools(*build, out)
-    assert run.returncode == 2 and run.stderr.count("\n") == 1
-    assert f"{out}: holds a build with input_sha256" in run.stderr and "--restart" in run.stderr
-    run = run_data_tools(*build, out, "--quality", 80, "--seed", 3)
-    assert "seed None, not 3; images.quality 90, not 80" in run.stderr
+    code, _, error = run_here(capsys, *build, out)
+    assert code == 2 and error.count("\n") == 1
+    assert f"{out}: holds a build with input_sha256" in error and "--restart" in error
+    _, _, error = run_here(capsys, *build, out, "--quality", 80, "--seed", 3)
+    assert "seed None, not 3; images.quality 90, not 80" in error
     table.write_bytes(before)
     killer.start([*build, out]).succeed()
     assert hash_files(out) == expected
@@ -395,17 +403,22 @@ def test_a_tar_that_changes_while_its_pictures_are_read_is_refused(tmp_path, kil
 # Full disks and stores
 
 FULL_DISK = """
-mount -t tmpfs -o size=4000k tmpfs "$1" || exit 9
-for free in 8 14 24 300; do
-  rm -rf "$1/out"
-  head -c $(( (4000 - free) * 1024 )) /dev/zero > "$1/filler"
-  "$2" -m data_tools build "$3" "$1/out" --image-root "$4" --samples-per-shard 10 --processes 1
-  echo "with $free: $?, manifest: $(ls "$1/out" 2>/dev/null | grep -c manifest.json)"
-  rm "$1/filler"
-  "$2" -m data_tools build "$3" "$1/out" --image-root "$4" --samples-per-shard 10 --processes 1 > /dev/null
-  echo "then: $?"
-  cp -r "$1/out" "$5/$free"
-done
+import shutil, subprocess, sys
+from pathlib import Path
+from data_tools.__main__ import main
+
+disk, table, images, kept = map(Path, sys.argv[1:])
+if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4000k", "tmpfs", disk]).returncode:
+    sys.exit(9)
+build = ["build", table, disk / "out", "--image-root", images, "--samples-per-shard", 10, "--processes", 1]
+for free in (8, 14, 24, 300):
+    shutil.rmtree(disk / "out", ignore_errors=True)
+    (disk / "filler").write_bytes(bytes((4000 - free) * 1024))
+    code = main([str(argument) for argument in build])
+    print(f"with {free}: {code}, manifest: {(disk / 'out' / 'manifest.json').exists()}")
+    (disk / "filler").unlink()
+    print(f"then: {main([str(argument) for argument in build])}")
+    shutil.copytree(disk / "out", kept / str(free))
 """
 
 
@@ -415,15 +428,13 @@ def test_a_disk_that_is_full_while_planning_stops_the_build_and_a_second_run_goe
         pytest.skip("needs a mount namespace of its own for a small file system")
     table, images = write_table(100)
     (tmp_path / "disk").mkdir()
-    places = [tmp_path / "disk", sys.executable, table, images, tmp_path]
-    command = [*unshare, "sh", "-c", FULL_DISK, "sh", *map(str, places)]
+    command = [*unshare, sys.executable, "-c", FULL_DISK, tmp_path / "disk", table, images, tmp_path]
     run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
     if run.returncode == 9:
         pytest.skip("may not mount a small file system")
     told = [line for line in run.stdout.splitlines() if line.startswith(("with", "then"))]
-    assert told == [
-        f"{word}: {end}" for free in (8, 14, 24, 300) for word, end in ((f"with {free}", "1, manifest: 0"), ("then", 0))
-    ]
+    ends = ((f"with {free}: 1, manifest: False", "then: 0") for free in (8, 14, 24, 300))
+    assert told == [line for pair in ends for line in pair], run
     assert len(run.stderr.splitlines()) == 4
     assert run.stderr.count("the disk is full. Free space and run the same command again") == 4, run.stderr
     build_shards(table, tmp_path / "whole", images, samples_per_shard=10, processes=1)

@@ -10,7 +10,16 @@ import sys
 import pytest
 
 from data_tools.errors import UserError, run_command, suggest
-from data_tools.files import format_bytes, format_counts, hash_file, lock_folder, open_atomic, write_atomic
+from data_tools.files import (
+    Folder,
+    format_bytes,
+    format_counts,
+    hash_file,
+    lock_folder,
+    open_atomic,
+    read_open_file,
+    write_atomic,
+)
 
 
 def raise_error(error):
@@ -89,6 +98,45 @@ def test_an_error_while_writing_names_the_final_path(tmp_path):
     with pytest.raises(FileNotFoundError) as caught:
         write_atomic(tmp_path / "none" / "file", b"")
     assert caught.value.filename == str(tmp_path / "none" / "file")
+
+
+def test_files_that_are_written_together_appear_together_and_in_order(tmp_path, monkeypatch):
+    (tmp_path / "b").write_bytes(b"old")
+    renamed, replace = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda old, new: (renamed.append(new.name), replace(old, new)))
+    folder = Folder(tmp_path)
+    with folder.together() as together:
+        for name in ("c", "a", "b"):
+            together.write(name, name.encode())
+        assert folder.read("b") == b"old" and folder.size("a") is None and renamed == []
+    assert renamed == ["c", "a", "b"]
+    assert {name: folder.read(name) for name in folder.names()} == {"a": b"a", "b": b"b", "c": b"c"}
+
+
+def test_of_files_that_are_written_together_none_appears_when_one_fails(tmp_path, monkeypatch):
+    folder, sync = Folder(tmp_path), os.fsync
+
+    def fail_for_large_files(descriptor: int) -> None:
+        if os.fstat(descriptor).st_size > 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fail_for_large_files)
+    with pytest.raises(OSError) as raised, folder.together() as together:
+        together.write("a", b"a")
+        together.write("b", b"large")
+    assert raised.value.filename == str(tmp_path / "b")
+    with pytest.raises(UserError), folder.together() as together:
+        together.write("a", b"a")
+        raise UserError("no more")
+    assert folder.names() == []
+
+
+@pytest.mark.parametrize("said", [0, 1, 4, 5, 6, 100])
+def test_a_file_is_read_whole_whatever_was_said_of_its_size(tmp_path, said):
+    (tmp_path / "a").write_bytes(b"12345")
+    with open(tmp_path / "a", "rb") as file:
+        assert read_open_file(file.fileno(), said) == b"12345"
 
 
 def test_a_folder_has_one_writer_at_a_time(tmp_path):

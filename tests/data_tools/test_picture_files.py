@@ -1,11 +1,14 @@
 """Pictures of every odd kind become plain JPEGs, or a failure with its reason."""
 
+import contextlib
+import dataclasses
 import io
 import os
 import struct
 import subprocess
 import sys
 import zlib
+from unittest import mock
 
 import cv2
 import numpy as np
@@ -317,6 +320,15 @@ def test_png_and_webp_that_need_no_change_are_copied_without_metadata(noise):
         assert (turned.width, turned.height) == Image.open(io.BytesIO(turned.data)).size == (40, 60)
 
 
+def test_a_jpeg_with_a_subsampling_that_has_no_name_is_no_mistake_of_the_program() -> None:
+    picture = bytearray(encode(make_noise(16, 16), subsampling=0))
+    picture[picture.index(b"\xff\xc0") + 11] = 0x14  # 4:4:1, which the picture data are not
+    for check in ("full", "structure"):
+        with contextlib.suppress(PictureError):
+            prepared = prepare_picture(bytes(picture), ImagePolicy(8, "keep_ratio", check=check))
+            assert (prepared.width, prepared.height) == (8, 8)
+
+
 @pytest.mark.parametrize("format", ["png", "webp"])
 def test_transparent_and_animated_pictures_are_never_copied(format):
     see_through = Image.new("RGBA", (40, 30), (200, 20, 20, 0))
@@ -500,15 +512,24 @@ def test_damaged_picture_data_in_the_middle_of_a_jpeg_is_noticed(noise):
     assert refused(bytes(header_lies)).reason == "damaged picture"
 
 
-def test_copies_can_go_unchecked_but_never_without_their_end(noise):
-    trusting = ImagePolicy(check_copies=False)
+def test_copies_can_go_without_decoding_but_never_without_their_end(noise):
+    trusting = ImagePolicy(check="structure")
     data = encode(noise(200, 150))
     assert prepare_picture(data, trusting).data == prepare_picture(data, ImagePolicy()).data
     middle = len(data) // 2
     damaged = data[:middle] + data[middle + 3000 :]
     assert prepare_picture(damaged, trusting).data.endswith(damaged[-2000:]), "which a check would have noticed"
+    for end in range(2, len(data), 7):
+        with pytest.raises(PictureError, match="^damaged picture|^not a picture"):
+            prepare_picture(data[:end], trusting)
+
+
+def test_restart_markers_out_of_turn_are_noticed_without_decoding(noise):
+    data = encode(noise(200, 150), restart_marker_blocks=4)
+    second, fifth = data.index(b"\xff\xd1"), data.index(b"\xff\xd4")
+    assert prepare_picture(data, ImagePolicy(check="structure")).data == data
     with pytest.raises(PictureError, match="^damaged picture"):
-        prepare_picture(data[:middle], trusting)
+        prepare_picture(data[:second] + data[fifth:], ImagePolicy(check="structure"))
 
 
 def test_a_png_of_whole_chunks_with_broken_content_is_not_copied(noise):
@@ -598,6 +619,66 @@ def test_any_damage_ends_in_a_picture_or_a_reason(victim, changes, policy):
         assert error.reason in ("damaged picture", "not a picture", "too many pixels", "too large for the format")
     else:
         check_picture(picture, policy)
+
+
+def add_segments(data: bytes, *segments: tuple[int, bytes]) -> bytes:
+    added = (bytes([0xFF, marker]) + struct.pack(">H", 2 + len(content)) + content for marker, content in segments)
+    return data[:2] + b"".join(added) + data[2:]
+
+
+def make_jpegs() -> list[bytes]:
+    colour = make_noise(23, 17)
+    plain, profile = encode(colour), ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    xmp = b"http://ns.adobe.com/xap/1.0/\0<x tiff:Orientation='6' tiff:Orientation=\"6\"/>"
+    photoshop = b"Photoshop 3.0\0" + b"8BIM\x03\xed\0\0" + struct.pack(">I", 16) + bytes(16)
+    little = b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0"
+    return [
+        plain,
+        encode(colour, progressive=True),
+        encode(colour.convert("L"), restart_marker_blocks=1),
+        encode(colour, icc_profile=profile, exif=make_exif(1)),
+        encode(colour, exif=make_exif(6)),
+        add_segments(plain, (0xE1, little)),
+        add_segments(plain, (0xE1, xmp)),
+        add_segments(plain, (0xED, photoshop), (0xFE, b"a comment")),
+        add_segments(plain, (0xEE, b"Adobe\0\x64\0\0\0\0\0")),  # RGB that was not made YCbCr
+        encode(colour.convert("CMYK")),
+        encode(colour, "MPO", save_all=True, append_images=[make_noise(23, 17, 1)]),
+    ]
+
+
+JPEGS = make_jpegs()
+
+
+def describe_outcome(data: bytes, policy: ImagePolicy) -> Picture | str:
+    try:
+        return prepare_picture(data, policy)
+    except PictureError as error:
+        return str(error)
+
+
+@settings(deadline=None, max_examples=600)
+@given(st.sampled_from(JPEGS), CHANGES, st.sampled_from([ImagePolicy(), ImagePolicy(8), ImagePolicy(min_size=20)]))
+def test_plain_jpegs_become_without_pillow_what_they_become_with_it(data, changes, policy):
+    data = damage(data, changes)
+    short = describe_outcome(data, policy)
+    lax = describe_outcome(data, dataclasses.replace(policy, check="structure"))
+    with mock.patch("data_tools.image._copy_plain_jpeg", return_value=None):
+        assert describe_outcome(data, policy) == short
+    assert lax == short or isinstance(short, str)
+
+
+def test_which_jpegs_need_no_pillow():
+    with mock.patch("data_tools.image._prepare_any", side_effect=KeyError):
+        outcomes = []
+        for data in JPEGS:
+            with contextlib.suppress(KeyError):
+                outcomes.append((JPEGS.index(data), prepare_picture(data, ImagePolicy()).width))
+    assert outcomes == [(0, 23), (1, 23), (2, 23), (3, 23), (7, 23), (8, 23)]
+
+
+def test_a_webp_that_ends_in_a_chunks_header_is_no_run_of_chunks():
+    assert strip_webp(b"RIFF\x80\0\0\0WEBPVP8X\n\0\0\0") is None
 
 
 @settings(deadline=None, max_examples=100)

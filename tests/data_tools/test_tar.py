@@ -28,7 +28,10 @@ KINDS = {
     tarfile.BLKTYPE: "device",
     tarfile.FIFOTYPE: "device",
 }
-NAMES = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=150)
+# A name does not end in a slash: tarfile takes some files of such a name for folders, depending on the format.
+NAMES = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=150).filter(
+    lambda name: not name.endswith("/")
+)
 MEMBERS = st.lists(st.tuples(NAMES, st.sampled_from(list(KINDS)), st.integers(0, 1500)), max_size=6)
 
 
@@ -65,10 +68,8 @@ def test_names_kinds_and_places_are_those_of_tarfile(members, tar_format):
             (info.name, KINDS[info.type], info.offset, info.offset_data, info.size) for info in tar.getmembers()
         ]
     found = read(data)
-    # tarfile takes slashes off the end of a name, and takes a file of such a name for a folder
-    assert [(name.rstrip("/"), *rest) for name, *rest in found] == [
-        (name.rstrip("/"), *rest) for name, *rest in expected
-    ]
+    # tarfile takes slashes off the end of a folder's name
+    assert [(name.rstrip("/"), *rest) for name, *rest in found] == expected
 
 
 @settings(max_examples=300, deadline=None)

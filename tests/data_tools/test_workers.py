@@ -1,5 +1,6 @@
 """Worker processes: results, errors and endings, with real processes."""
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -11,7 +12,7 @@ import pyarrow
 import pytest
 
 from data_tools.errors import UserError
-from data_tools.workers import choose_processes, run_tasks
+from data_tools.workers import choose_processes, run_tasks, start_workers
 
 
 def ignore(done: int, failure: str = "", size: int = 0) -> None:
@@ -71,6 +72,41 @@ def test_workers_that_are_no_longer_wanted_clean_up(tmp_path):
             next(results)
     names = sorted(os.listdir(tmp_path))
     assert [name.split()[0] for name in names] == ["begun", "begun", "stopped", "stopped"]
+
+
+def sleep_if_first(task: tuple[int, Path], report) -> None:
+    number, folder = task
+    if number:
+        work_for_long(folder, report)
+    (folder / f"begun {os.getpid()}").touch()
+    time.sleep(600)
+
+
+def test_a_worker_that_does_not_listen_is_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr("data_tools.workers._STOP_TIMEOUT_S", 0.3)
+    tasks = [(0, tmp_path), (1, tmp_path)]
+    with closing(run_tasks(sleep_if_first, tasks, 2, interrupt_when_begun(tmp_path))) as results:
+        with pytest.raises(KeyboardInterrupt):
+            next(results)
+    for path in tmp_path.iterdir():
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(path.name.split()[1]), 0)
+
+
+def test_workers_can_be_started_before_their_tasks_are_known():
+    with start_workers(square, 3) as workers:
+        results = dict(run_tasks(square, range(2), 3, ignore, workers))
+    assert [results[number][0] for number in range(2)] == [0, 1]
+    assert len({pid for _, pid in results.values()} - {os.getpid()}) == 2
+    with start_workers(square, 1) as workers:
+        assert workers is None and list(run_tasks(square, [3], 1, ignore, workers)) == [(0, (9, os.getpid()))]
+
+
+def test_workers_that_get_nothing_to_do_are_ended(tmp_path):
+    with pytest.raises(UserError, match="a change of mind"):
+        with start_workers(square, 2):
+            raise UserError("a change of mind")
+    assert multiprocessing.active_children() == []
 
 
 def interrupt_when_begun(folder: Path):

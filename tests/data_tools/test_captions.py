@@ -70,9 +70,9 @@ def test_limits_are_inclusive_and_of_the_cleaned_caption():
 
 @pytest.mark.parametrize("text", ["a" * 2**20, "&amp;" * 200_000, "Ã¶ " * 350_000, "\0" * 2**20, "\ud83d" * 2**20])
 def test_a_megabyte_is_refused_at_once(text):
-    started = time.monotonic()
+    started = time.process_time()
     assert refusal(text, fix_text=True, blocklist=("x",)) in ("caption too long", "empty caption")
-    assert time.monotonic() - started < 2
+    assert time.process_time() - started < 2
 
 
 BLOCKLIST = ("Ad", "click  here!", "广告", "C++", "नमस्ते", "straße")

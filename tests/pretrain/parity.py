@@ -146,14 +146,14 @@ def losses_and_gradients(
     config = model_config(case.image, case.text, case.fusion, bool(case.losses.captioning))
     model = build_model(config, TOKENIZER, 0, world).double().train()
     batch, size = make_batch(config, 0, world), GLOBAL_BATCH // world.size // micro_batches
-    teacher = build_teacher(config) if case.losses.distill else None
+    teacher = build_teacher(config, torch.float64) if case.losses.distill else None
     losses, _ = compute_gradients(PlainEngine(model), batch, case.losses, 0, size, world, teacher)
     return averages(world, model, losses)
 
 
-def build_teacher(config: ModelConfig) -> Callable[[Batch], TeacherOutput]:
+def build_teacher(config: ModelConfig, dtype: torch.dtype) -> Callable[[Batch], TeacherOutput]:
     """A model of other weights, in evaluation mode."""
-    model = build_model(config, TOKENIZER, 1).double().eval()
+    model = build_model(config, TOKENIZER, 1).to(dtype).eval()
 
     @torch.no_grad()
     def teacher(batch: Batch) -> TeacherOutput:
@@ -275,14 +275,17 @@ def losses_of_both(world: World) -> dict[str, list[tuple[str, float, list[np.nda
     return results
 
 
-DROPPING = ("vit_dropping", "bert_dropping", "cross_dropping")
+DROPPING = Case()
 BAD_STEP = 2
 
 
-def train_losses(world: World, runs: list[tuple[int, int]], steps: int) -> list[tuple[list[float], list[str]]]:
+def train_losses(
+    world: World, runs: list[tuple[int, int]], steps: int, case: Case = DROPPING
+) -> list[tuple[list[float], list[str]]]:
     """Steps of DeepSpeed in fp32 for each (ZeRO stage, number of micro-batches): total losses (means over ranks), and what
     was said of the steps that were skipped: in one, the first image of each of rank 1's micro-batches becomes NaN."""
-    config, results = model_config(*DROPPING), []
+    config, results = model_config(case.image, case.text, case.fusion, bool(case.losses.captioning)), []
+    teacher = build_teacher(config, torch.float32) if case.losses.distill else None
     for stage, micro_batches in runs:
         settings = EngineConfig(zero_stage=stage, precision="fp32", lr=1e-3, warmup_steps=3)
         model = build_model(config, TOKENIZER, 0, world).train()
@@ -294,7 +297,7 @@ def train_losses(world: World, runs: list[tuple[int, int]], steps: int) -> list[
             spoil = step == BAD_STEP and world.rank == 1
             hook = model.image_tower.register_forward_hook(spoil_first_row) if spoil else None
             size = len(batch.ids) // micro_batches
-            values, output = compute_gradients(engine, batch, ALL_LOSSES, step, size, world)
+            values, output = compute_gradients(engine, batch, case.losses, step, size, world, teacher)
             if hook:
                 hook.remove()
             applied = apply_gradients(engine)
@@ -314,9 +317,11 @@ def spoil_first_row(module: torch.nn.Module, arguments: tuple, tower: Tower) -> 
     return Tower(tower.tokens, pooled)
 
 
-def plain_losses(steps: int) -> list[float]:
+def plain_losses(steps: int, case: Case = DROPPING) -> list[float]:
     """The same in plain PyTorch: one process, the whole batch at once, no update in the bad step."""
-    config, settings = model_config(*DROPPING), EngineConfig(precision="fp32", lr=1e-3, warmup_steps=3)
+    config = model_config(case.image, case.text, case.fusion, bool(case.losses.captioning))
+    settings = EngineConfig(precision="fp32", lr=1e-3, warmup_steps=3)
+    teacher = build_teacher(config, torch.float32) if case.losses.distill else None
     model = build_model(config, TOKENIZER, 0).train()
     groups = parameter_groups(model, settings.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=(settings.beta1, settings.beta2), eps=settings.epsilon)
@@ -324,7 +329,10 @@ def plain_losses(steps: int) -> list[float]:
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(settings, step, steps)
-        loss = compute_losses(ALL_LOSSES, model(make_batch(config, step, World())), World())["total"]
+        batch = make_batch(config, step, World())
+        output = model(batch)
+        output.teacher = teacher(batch) if teacher else None
+        loss = compute_losses(case.losses, output, World())["total"]
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip)

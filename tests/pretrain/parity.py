@@ -323,7 +323,7 @@ def plain_losses(steps: int, case: Case = DROPPING) -> list[float]:
     settings = EngineConfig(precision="fp32", lr=1e-3, warmup_steps=3)
     teacher = build_teacher(config, torch.float32) if case.losses.distill else None
     model = build_model(config, TOKENIZER, 0).train()
-    groups = parameter_groups(model, settings.weight_decay)
+    groups = parameter_groups(model, settings.weight_decay, settings.layer_decay)
     optimizer = torch.optim.AdamW(groups, betas=(settings.beta1, settings.beta2), eps=settings.epsilon)
     results = []
     for step in range(steps):

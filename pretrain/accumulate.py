@@ -129,8 +129,8 @@ class BadSteps:
         where = "; ".join(places) or "the losses are finite, the gradients are not"
         if self.in_a_row >= self.limit:
             raise UserError(
-                f"step {step}: loss or gradients not finite, for {self.in_a_row} steps in a row ({where}). Lower engine.lr, "
-                "engine.precision=bf16 or fp32 instead of fp16, or look at these samples; skipped steps have changed no weights"
+                f"step {step}: loss or gradients not finite, as in {self.in_a_row} steps in a row ({where}). They changed no "
+                "weights. Look at these samples, lower engine.lr, or set engine.precision=bf16 or fp32"
             )
         if self.world.is_main:
             log.warning("step %d: loss or gradients not finite, step skipped (%s)", step, where)

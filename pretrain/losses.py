@@ -57,7 +57,7 @@ class ContrastiveConfig(LossConfig):
     `own`: negatives like any other; `soft`: positives, all with the same share; `masked`: left out.
     """
 
-    chunk: Count = 8192  # columns of similarities held at a time
+    chunk: Count = 4096  # columns of similarities held at a time
     label_smoothing: float = pydantic.Field(default=0.0, ge=0, lt=1)
     positives: Literal["own", "soft", "masked"] = "own"
 
@@ -65,7 +65,7 @@ class ContrastiveConfig(LossConfig):
 class SigmoidConfig(LossConfig):
     """A yes or no for every image with every text (SigLIP). `positives` as in `contrastive`."""
 
-    chunk: Count = 8192  # columns of similarities held at a time
+    chunk: Count = 4096  # columns of similarities held at a time
     positives: Literal["own", "soft", "masked"] = "own"
 
 

@@ -79,16 +79,24 @@ def load_weights(run: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def gather_weights(engine: Any) -> dict[str, Tensor]:
     """Every parameter and buffer of the model in fp32, on the CPU, whole on every rank. Collective."""
+    from deepspeed.runtime.zero import GatheredParameters
     from deepspeed.utils import safe_get_full_fp32_param
 
     weights = {}
     for name, parameter in engine.module.named_parameters():
         sharded = hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
-        full = safe_get_full_fp32_param(parameter) if sharded else parameter
-        weights[name] = full.detach().float().cpu().clone(memory_format=torch.contiguous_format)
+        if sharded and parameter.requires_grad:
+            weights[name] = copy_to_cpu(safe_get_full_fp32_param(parameter))
+        else:
+            with GatheredParameters([parameter], enabled=sharded):  # ZeRO-3 shards frozen ones too, without fp32 copies
+                weights[name] = copy_to_cpu(parameter)
     persistent = set(engine.module.state_dict(keep_vars=True)) - set(weights)
     weights |= {name: b.detach().cpu().clone() for name, b in engine.module.named_buffers() if name in persistent}
     return weights
+
+
+def copy_to_cpu(value: Tensor) -> Tensor:
+    return value.detach().float().cpu().clone(memory_format=torch.contiguous_format)
 
 
 def save(engine: Any, run: str | Path, step: int, state: dict[str, Any], keep: int, world: World) -> Path:

@@ -89,7 +89,7 @@ class DistillConfig(LossConfig):
     teacher: str  # folder of an open_clip or native export with the model's tokenizer
     logits: float = pydantic.Field(default=1.0, ge=0)  # share of the divergence between the softmaxes
     cosine: float = pydantic.Field(default=0.0, ge=0)  # share of 1 - cosine to its embeddings, which need its embed_dim
-    chunk: Count = 8192  # columns of similarities held at a time
+    chunk: Count = 4096  # columns of similarities held at a time
 
 
 class LossesConfig(ConfigModel):

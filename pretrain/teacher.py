@@ -5,6 +5,7 @@ It is no part of the trained model: not in the optimizer, not sharded, not in ch
 Shape legend: B pairs, E the teacher's embedding, L text tokens, H/W pixels.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from pretrain.losses import DistillConfig
 from pretrain.model.towers import unit
 from pretrain.torchvision_ops import prepare_torchvision
 
-PROBES = ["a dog", "two red squares, left of a blue one!", "1990's caf\u00e9"]
+PROBES = ["a", "a dog", "Red!", "1990's", "caf\u00e9", "left of two squares"]
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,13 @@ class Teacher:
     image_size: int  # pixels of a side
     encode_image: Callable[[Tensor], Tensor]  # pixels [B,3,H,W], 0 to 255 -> [B,E]
     encode_text: Callable[[Tensor, Tensor], Tensor]  # ids and mask [B,L] -> [B,E]
-    tokenize: Callable[[list[str]], Tensor]  # n texts -> ids [n,L]
+    tokenize: Callable[[list[str]], Tensor]  # n texts -> ids [n,context_length]
     logit_scale: float
+
+    @functools.cached_property
+    def padding(self) -> Tensor:
+        """[context_length] ids of no text: its end is padding."""
+        return self.tokenize([""])[0]
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> TeacherOutput:
@@ -43,9 +49,9 @@ class Teacher:
         if pixels.shape[-1] != self.image_size:
             size = (self.image_size, self.image_size)
             pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True).clamp(0, 255)
-        padding = self.tokenize([""])[0, -1].item()
-        missing = self.tokenize([""]).shape[1] - batch.ids.shape[1]
-        ids, mask = F.pad(batch.ids, (0, missing), value=padding), F.pad(batch.mask, (0, missing))
+        missing = len(self.padding) - batch.ids.shape[1]
+        ids = F.pad(batch.ids, (0, missing), value=self.padding[-1].item())
+        mask = F.pad(batch.mask, (0, missing))
         image, text = unit(self.encode_image(pixels)), unit(self.encode_text(ids, mask))
         return TeacherOutput(image, text, torch.full_like(image[:1, 0], self.logit_scale))
 
@@ -66,12 +72,13 @@ def build_teacher(
         raise ConfigError(
             f"losses.distill.teacher: {folder} is no export. Write one: python -m pretrain export --to open_clip or native"
         )
-    own, its = tokenizer(PROBES)[0], teacher.tokenize(PROBES)
+    (own, mask), its = tokenizer(PROBES), teacher.tokenize(PROBES)
     if own.shape[1] > its.shape[1]:
         raise ConfigError(
             f"losses.distill.teacher: it reads {its.shape[1]} tokens at most. Set model.text.context_length={its.shape[1]}"
         )
-    if not torch.equal(own, its[:, : own.shape[1]]):
+    whole = ~mask[:, -1]  # the probes that are not cut
+    if not torch.equal(own[whole], its[whole, : own.shape[1]]):
         raise ConfigError(
             "losses.distill.teacher: it has another tokenizer than the model. Set model.tokenizer to the teacher's"
         )

@@ -122,9 +122,8 @@ def train(config: RunConfig, world: World) -> int:
     check_micro_batches(model, config.train, world)
     teacher = None
     if config.losses.distill:
-        from pretrain.teacher import (
-            build_teacher,
-        )  # here, for it reads exports, whose module reads runs, and so this one
+        # Here, because it reads exports, and what writes those reads runs, and so this module.
+        from pretrain.teacher import build_teacher
 
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.engine.precision]
         teacher = build_teacher(config.losses.distill, tokenizer, config.model.embed_dim, world.device, dtype)

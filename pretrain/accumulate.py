@@ -4,13 +4,14 @@ Shape legend: B pairs of this rank, M of a micro-batch, E embedding.
 """
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from data_tools.errors import UserError
-from pretrain.contract import Batch, ModelOutput
+from pretrain.contract import Batch, ModelOutput, TeacherOutput
 from pretrain.engine import one_reduction
 from pretrain.losses import EMBEDDING_LOSSES, PAIR_LOSSES, LossesConfig, compute_losses
 from pretrain.world import World
@@ -19,7 +20,13 @@ log = logging.getLogger(__name__)
 
 
 def compute_gradients(
-    engine: Any, batch: Batch, config: LossesConfig, step: int, micro_batch_size: int | None, world: World
+    engine: Any,
+    batch: Batch,
+    config: LossesConfig,
+    step: int,
+    micro_batch_size: int | None,
+    world: World,
+    teacher: Callable[[Batch], TeacherOutput] | None = None,
 ) -> tuple[dict[str, Tensor], ModelOutput]:
     """Losses and gradients of one step. Collective.
 
@@ -28,18 +35,21 @@ def compute_gradients(
     carries those gradients and the pair losses back. The gradient is that of the whole batch, at the memory of one
     micro-batch and the price of one more forward. Source: GradCache, arXiv:2101.06983.
 
+    `teacher` is that of `losses.distill`.
+
     Returns: this rank's part of each loss and their `total`, and its embeddings [B,E].
     """
     rows = len(batch.image)
     if micro_batch_size is None or micro_batch_size >= rows:
         output = engine(batch)
+        output.teacher = teacher(batch) if teacher else None
         losses = compute_losses(config, output, world, step)
         engine.backward(infect(losses["total"], losses["total"], output))
         return losses, output
 
     starts = range(0, rows, micro_batch_size)
     with torch.no_grad():
-        parts = [engine(batch.rows(start, start + micro_batch_size), match=False) for start in starts]
+        parts = [engine(batch.rows(start, start + micro_batch_size), heads=False) for start in starts]
     bias = parts[0].logit_bias
     whole = ModelOutput(
         image_embed=torch.cat([part.image_embed for part in parts]).requires_grad_(),
@@ -48,15 +58,20 @@ def compute_gradients(
         logit_bias=None if bias is None else bias.detach().requires_grad_(),  # without detach: the parameter itself
         identity=batch.identity,
     )
+    if teacher:
+        taught = [teacher(batch.rows(start, start + micro_batch_size)) for start in starts]
+        image, text = (torch.cat([part[side] for part in taught]) for side in range(2))
+        whole.teacher = TeacherOutput(image, text, taught[0].logit_scale)
     losses = compute_losses(config, whole, world, step, EMBEDDING_LOSSES)
     if losses["total"].requires_grad:
         losses["total"].backward()
     plan = engine.module.plan(batch, whole) if config.matching else None
+    token_weights = engine.module.weigh_tokens(batch)
     with one_reduction(engine):
         for start in starts:
             stop = start + micro_batch_size
             pairs = plan.pairs(start, stop) if plan else None
-            output = engine(batch.rows(start, stop), match=plan is not None, pairs=pairs)
+            output = engine(batch.rows(start, stop), pairs=pairs, token_weights=token_weights)
             pair_losses = compute_losses(config, output, world, step, PAIR_LOSSES)
             for name, value in pair_losses.items():
                 losses[name] = losses.get(name, 0) + value.detach()
@@ -114,8 +129,8 @@ class BadSteps:
         where = "; ".join(places) or "the losses are finite, the gradients are not"
         if self.in_a_row >= self.limit:
             raise UserError(
-                f"step {step}: loss or gradients not finite, for {self.in_a_row} steps in a row ({where}). Lower engine.lr, "
-                "engine.precision=bf16 or fp32 instead of fp16, or look at these samples; skipped steps have changed no weights"
+                f"step {step}: loss or gradients not finite, as in {self.in_a_row} steps in a row ({where}). They changed no "
+                "weights. Look at these samples, lower engine.lr, or set engine.precision=bf16 or fp32"
             )
         if self.world.is_main:
             log.warning("step %d: loss or gradients not finite, step skipped (%s)", step, where)

@@ -1,6 +1,6 @@
 """The two dataclasses on which every part agrees: what the loader yields and what the model returns.
 
-Shape legend: B pairs per rank, L text tokens, E embedding, P match pairs, H/W pixels.
+Shape legend: B pairs per rank, L text tokens, E embedding, P match pairs, T tokens to predict, V ids, H/W pixels.
 """
 
 from dataclasses import dataclass, field, fields
@@ -54,6 +54,22 @@ class Batch:
         return Batch(**{k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in values.items()})
 
 
+class TokenPredictions(NamedTuple):
+    """T tokens to predict, of whatever samples; no padding among them."""
+
+    logits: Tensor  # [T,V] over the vocabulary
+    labels: Tensor  # [T] int64
+    weight: Tensor  # [] of each token: world size / tokens of the global batch
+
+
+class TeacherOutput(NamedTuple):
+    """What a frozen teacher says of the same pairs. Its width E' need not be the model's."""
+
+    image_embed: Tensor  # [B,E'] unit norm
+    text_embed: Tensor  # [B,E'] unit norm
+    logit_scale: Tensor  # [1]
+
+
 @dataclass
 class ModelOutput:
     """What the losses consume. The match part is None for a model without fusion."""
@@ -66,3 +82,6 @@ class ModelOutput:
     match_logits: Tensor | None = None  # [P,2] columns: mismatch, match
     match_labels: Tensor | None = None  # [P] int64, 1 = a true pair
     match_weight: Tensor | None = None  # [P] sums to the world size over all pairs of all ranks; 0 = does not count
+    captioning: TokenPredictions | None = None  # each caption's next tokens, where the model has a head for them
+    masked_language: TokenPredictions | None = None  # masked tokens of the captions, likewise
+    teacher: TeacherOutput | None = None  # for distillation

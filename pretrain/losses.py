@@ -6,7 +6,7 @@ of its gradients is the gradient of that. Losses own no parameters and call no m
 Similarities are computed in blocks of columns that are computed once more in the backward pass, so no loss ever holds
 more than [B,chunk] of them.
 
-Shape legend: B pairs per rank, G = B x world, E embedding, P match pairs.
+Shape legend: B pairs per rank, G = B x world, E embedding, P match pairs, T tokens to predict, V ids.
 """
 
 import math
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from pretrain.config import ConfigModel, Count
-from pretrain.contract import ModelOutput
+from pretrain.contract import ModelOutput, TokenPredictions
 from pretrain.model.negatives import find_true_pairs, gather_identity
 from pretrain.world import World
 
@@ -57,7 +57,7 @@ class ContrastiveConfig(LossConfig):
     `own`: negatives like any other; `soft`: positives, all with the same share; `masked`: left out.
     """
 
-    chunk: Count = 8192  # columns of similarities held at a time
+    chunk: Count = 4096  # columns of similarities held at a time
     label_smoothing: float = pydantic.Field(default=0.0, ge=0, lt=1)
     positives: Literal["own", "soft", "masked"] = "own"
 
@@ -65,12 +65,31 @@ class ContrastiveConfig(LossConfig):
 class SigmoidConfig(LossConfig):
     """A yes or no for every image with every text (SigLIP). `positives` as in `contrastive`."""
 
-    chunk: Count = 8192  # columns of similarities held at a time
+    chunk: Count = 4096  # columns of similarities held at a time
     positives: Literal["own", "soft", "masked"] = "own"
 
 
 class MatchingConfig(LossConfig):
     """Whether an image and a text belong together, told from their fused tokens, for true pairs and hard negatives."""
+
+
+class CaptioningConfig(LossConfig):
+    """Each next token of a caption, told from the image and the tokens before. Needs `model.captioning`."""
+
+    label_smoothing: float = pydantic.Field(default=0.0, ge=0, lt=1)  # 0.1 in BLIP
+
+
+class MaskedLanguageConfig(LossConfig):
+    """Masked tokens of a caption, told from the image and the tokens around. Needs `model.masked_language`."""
+
+
+class DistillConfig(LossConfig):
+    """Agreement with a frozen teacher, of its similarities (both ways, over the global batch) and of its embeddings."""
+
+    teacher: str  # folder of an open_clip or native export with the model's tokenizer
+    logits: float = pydantic.Field(default=1.0, ge=0)  # share of the divergence between the softmaxes
+    cosine: float = pydantic.Field(default=0.0, ge=0)  # share of 1 - cosine to its embeddings, which need its embed_dim
+    chunk: Count = 4096  # columns of similarities held at a time
 
 
 class LossesConfig(ConfigModel):
@@ -79,6 +98,9 @@ class LossesConfig(ConfigModel):
     contrastive: ContrastiveConfig | None = ContrastiveConfig()
     sigmoid: SigmoidConfig | None = None
     matching: MatchingConfig | None = None
+    captioning: CaptioningConfig | None = None
+    masked_language: MaskedLanguageConfig | None = None
+    distill: DistillConfig | None = None
 
 
 def contrastive_loss(config: ContrastiveConfig, output: ModelOutput, world: World) -> Tensor:
@@ -162,6 +184,58 @@ def sigmoid_loss(config: SigmoidConfig, output: ModelOutput, world: World) -> Te
     return torch.stack(total).sum() / len(image)
 
 
+def distill_loss(config: DistillConfig, output: ModelOutput, world: World) -> Tensor:
+    """Kullback-Leibler divergence from the teacher's softmax over the global batch, mean of both ways, and 1 - cosine.
+
+    Shapes:  image_embed [B,E], text_embed [B,E], logit_scale [1], teacher [B,E'], [B,E'], [1].
+    Returns: scalar [], nats a pair.
+    Source:  CLIP-KD, arXiv:2307.12732; open_clip's DistillClipLoss, less the entropy of the targets.
+    """
+    image, text, teacher = output.image_embed, output.text_embed, output.teacher
+    loss = image.new_zeros(())
+    if config.logits:
+        sides = [(image, text), (text, image)]
+        targets = [(teacher.image_embed, teacher.text_embed), (teacher.text_embed, teacher.image_embed)]
+        for (rows, others), (target_rows, target_others) in zip(sides, targets, strict=True):
+            target = (target_rows, world.all_gather(target_others), teacher.logit_scale)
+            divergence = divergence_loss(rows, world.all_gather(others), output.logit_scale, *target, config.chunk)
+            loss = loss + config.logits * divergence / 2
+    if config.cosine:
+        cosines = (image * teacher.image_embed).sum(1) + (text * teacher.text_embed).sum(1)
+        loss = loss + config.cosine * (1 - cosines / 2).mean()
+    return loss
+
+
+def divergence_loss(
+    rows: Tensor,
+    columns: Tensor,
+    scale: Tensor,
+    target_rows: Tensor,
+    target_columns: Tensor,
+    target_scale: Tensor,
+    chunk: int,
+) -> Tensor:
+    """KL(softmax of the targets || softmax), both over all columns, mean over the rows: scalar [], nats.
+
+    Args: rows [B,E], columns [G,E], scale [1], and the same of the targets, which get no gradient.
+    """
+    scaled = target_scale * target_rows
+    target_parts = target_columns.split(chunk)
+    log_sum = torch.stack([(scaled @ part.T).logsumexp(1) for part in target_parts]).logsumexp(0)
+
+    def sums(rows: Tensor, columns: Tensor, scale: Tensor, target_columns: Tensor) -> Tensor:
+        """[2,B]: log of the sum of exponentials, and the targets' mean of their logarithm less the score."""
+        scores, logs = scale * rows @ columns.T, scaled @ target_columns.T - log_sum[:, None]
+        return torch.stack([scores.logsumexp(1), (logs.exp() * (logs - scores)).sum(1)])
+
+    parts = [
+        compute(sums, rows, block, scale, target)
+        for (_, block, compute), target in zip(blocks(columns, chunk), target_parts, strict=True)
+    ]
+    log_sums, differences = torch.stack(parts).unbind(1)
+    return (log_sums.logsumexp(0) + differences.sum(0)).mean()
+
+
 class OtherPairs:
     """The true pairs of own rows with the global batch, beside each row with its own column, block by block."""
 
@@ -214,17 +288,47 @@ def matching_loss(config: MatchingConfig, output: ModelOutput, world: World) -> 
     return (losses * output.match_weight).sum()
 
 
+def captioning_loss(config: CaptioningConfig, output: ModelOutput, world: World) -> Tensor:
+    """Cross-entropy of each caption's next tokens, mean over all tokens of the global batch; micro-batches add up to it.
+
+    Shapes:  captioning.logits [T,V], captioning.labels [T].
+    Returns: scalar [], nats a token.
+    Source:  BLIP, arXiv:2201.12086, language modelling; CoCa, arXiv:2205.01917.
+    """
+    return token_loss(output.captioning, config.label_smoothing)
+
+
+def masked_language_loss(config: MaskedLanguageConfig, output: ModelOutput, world: World) -> Tensor:
+    """Cross-entropy of the masked tokens, mean over all of the global batch; micro-batches add up to it.
+
+    Shapes:  masked_language.logits [T,V], masked_language.labels [T].
+    Returns: scalar [], nats a token.
+    Source:  ALBEF, arXiv:2107.07651, masked language modelling.
+    """
+    return token_loss(output.masked_language, 0.0)
+
+
+def token_loss(tokens: TokenPredictions, label_smoothing: float) -> Tensor:
+    """The weighted sum of the tokens' cross-entropies: scalar []; 0 without tokens."""
+    total = F.cross_entropy(tokens.logits, tokens.labels, reduction="sum", label_smoothing=label_smoothing)
+    return total * tokens.weight.to(total.dtype)
+
+
 # Over the embeddings of a rank's whole batch, at once.
-EMBEDDING_LOSSES = {"contrastive": contrastive_loss, "sigmoid": sigmoid_loss}
+EMBEDDING_LOSSES = {"contrastive": contrastive_loss, "sigmoid": sigmoid_loss, "distill": distill_loss}
 # Over what each micro-batch computes: their parts add up.
-PAIR_LOSSES = {"matching": matching_loss}
+PAIR_LOSSES = {
+    "matching": matching_loss,
+    "captioning": captioning_loss,
+    "masked_language": masked_language_loss,
+}
 LOSSES = EMBEDDING_LOSSES | PAIR_LOSSES
 
 
 def compute_losses(
     config: LossesConfig, output: ModelOutput, world: World, step: int = 0, losses: dict[str, Callable] = LOSSES
 ) -> dict[str, Tensor]:
-    """This rank's part of each of `losses` that is on, by name, and `total`, their weighted sum: scalars [], nats a pair."""
+    """This rank's part of each of `losses` that is on, by name, and `total`, their weighted sum: scalars [], nats a pair or token."""
     active = {name: getattr(config, name) for name in losses if getattr(config, name)}
     values = {name: losses[name](settings, output, world) for name, settings in active.items()}
     weighted = [settings.weight_at(step) * values[name] for name, settings in active.items()]

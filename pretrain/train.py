@@ -32,7 +32,7 @@ from pretrain.engine import (
     learning_rate,
     set_learning_rate,
 )
-from pretrain.losses import LossesConfig
+from pretrain.losses import LOSSES, LossesConfig
 from pretrain.metrics import Clock, Metrics, peak_memory_gib
 from pretrain.model.model import ModelConfig, build_model
 from pretrain.model.warm_start import warm_start
@@ -90,16 +90,23 @@ class RunConfig(ConfigModel):
 
     @pydantic.model_validator(mode="after")
     def check_losses(self) -> "RunConfig":
-        if self.losses.matching and not self.model.fusion:
-            raise ValueError("losses.matching needs model.fusion: set one, or losses.matching=null")
-        if self.model.fusion and not self.losses.matching:
+        if self.losses.matching and not (self.model.fusion and self.model.match_head):
+            raise ValueError("losses.matching needs model.fusion and its match_head: set them, or losses.matching=null")
+        for name in ("captioning", "masked_language"):
+            if getattr(self.losses, name) and not getattr(self.model, name):
+                raise ValueError(f"losses.{name} needs a head: set model.{name}={{}}, or losses.{name}=null")
+            if getattr(self.model, name) and not getattr(self.losses, name):
+                raise ValueError(f"model.{name} would not be trained: set losses.{name}={{}}, or model.{name}=null")
+        if self.model.fusion and not (self.losses.matching or self.losses.captioning or self.losses.masked_language):
             raise ValueError("model.fusion would not be trained: set losses.matching, or model.fusion=null")
+        if self.model.fusion and self.model.match_head and not self.losses.matching:
+            raise ValueError("model.match_head would not be trained: set losses.matching, or model.match_head=false")
         if self.losses.sigmoid and self.model.init_logit_bias is None:
             raise ValueError("losses.sigmoid needs a bias: set model.init_logit_bias=-10 and model.init_logit_scale=10")
         if self.model.init_logit_bias is not None and not self.losses.sigmoid:
             raise ValueError("model.init_logit_bias would not be trained: set losses.sigmoid, or leave it out")
-        if not (self.losses.contrastive or self.losses.sigmoid or self.losses.matching):
-            raise ValueError("losses: all are off; set losses.contrastive, losses.sigmoid or losses.matching")
+        if not any(getattr(self.losses, name) for name in LOSSES):
+            raise ValueError(f"losses: all are off; set one of {', '.join(LOSSES)}")
         return self
 
 
@@ -113,6 +120,13 @@ def train(config: RunConfig, world: World) -> int:
     newest = find_checkpoint(config, world)
     model = build_model(config.model, tokenizer, config.seed, world).train()
     check_micro_batches(model, config.train, world)
+    teacher = None
+    if config.losses.distill:
+        # Here, because it reads exports, and what writes those reads runs, and so this module.
+        from pretrain.teacher import build_teacher
+
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.engine.precision]
+        teacher = build_teacher(config.losses.distill, tokenizer, config.model.embed_dim, world.device, dtype)
     if not newest:
         warm_start(model, config.model.warm_start, world)
     engine = build_engine(model, config.engine, batch_size, world)
@@ -133,7 +147,8 @@ def train(config: RunConfig, world: World) -> int:
         clock.data_ready()
         set_learning_rate(engine, learning_rate(config.engine, step, steps))
         seed_torch(config.seed, step, world.rank)
-        losses, output = compute_gradients(engine, batch, config.losses, step, config.train.micro_batch_size, world)
+        micro_batch_size = config.train.micro_batch_size
+        losses, output = compute_gradients(engine, batch, config.losses, step, micro_batch_size, world, teacher)
         applied = apply_gradients(engine)
         step += 1
         bad_steps.check(step, applied, batch, losses, output)

@@ -39,6 +39,8 @@ class Tokenizer:
     context_length: int
     inner: Any  # ClipBytePairs or a transformers tokenizer
     end_id: int | None  # the id that ends every text; None: it differs, and a tower cannot pool there
+    mask_id: int | None = None  # what stands for a token to be predicted; None: it has no such id
+    special_ids: tuple[int, ...] = ()  # padding, begin, end, ...: not words
 
     def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         if self.config.kind == "clip":
@@ -116,4 +118,12 @@ def build_tokenizer(config: ConfigModel, context_length: int) -> Tokenizer:
         raise ConfigError(f"model.tokenizer.name: '{config.name}' has no padding token; choose one that has")
     inner.padding_side = "right"
     last = {inner(text)["input_ids"][-1] for text in ("a", "b")}
-    return Tokenizer(config, len(inner), context_length, inner, end_id=last.pop() if len(last) == 1 else None)
+    return Tokenizer(
+        config,
+        len(inner),
+        context_length,
+        inner,
+        end_id=last.pop() if len(last) == 1 else None,
+        mask_id=inner.mask_token_id,
+        special_ids=tuple(inner.all_special_ids),
+    )

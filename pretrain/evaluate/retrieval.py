@@ -72,8 +72,8 @@ def evaluate_run(run: str, shards: str, rerank: int, batch_size: int, json_path:
         raise UserError(f"--json {json_path}: its folder does not exist")
     loaded = load_run(run)
     data = Dataset(ShardReader(Manifest.load(shards)), loaded.config.model.image.image_size)
-    if rerank and loaded.model.fusion is None:
-        log.info("%s: the model has no fusion, hence no match head to rerank with", run)
+    if rerank and loaded.model.match_head is None:
+        log.info("%s: the model has no match head to rerank with", run)
         rerank = 0
     results = evaluate_retrieval(loaded.model.to(world.device), loaded.tokenizer, data, rerank, batch_size, world)
     if world.is_main:

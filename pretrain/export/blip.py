@@ -59,6 +59,10 @@ def write(source: LoadedRun, folder: Path, final: Path) -> Guide:
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     build_image_processor(config.image.image_size).save_pretrained(folder)
     limits = [*list_training_limits(source), SCALE_LIMIT, *LIMITS]
+    if config.captioning or config.masked_language:
+        limits.append(
+            "The heads that predict tokens are not here: the class has no place for them. `native` holds them."
+        )
     if config.tokenizer.kind == "clip":
         tokenizer = build_clip_tokenizer(folder, config.text.context_length)
         limits += CLIP_TOKENIZER_LIMITS
@@ -81,6 +85,7 @@ def check_is_blip(source: LoadedRun) -> None:
         "model.text.kind": (config.text.kind, "bert"),
         "model.text.pooling": (getattr(config.text, "pooling", None), "first"),
         "model.fusion.kind": (fusion.kind if fusion else None, "med"),
+        "model.match_head": (config.match_head, True),
         "model.fusion.layers": (getattr(fusion, "layers", None), None),
         "model.fusion.from_layer": (getattr(fusion, "text_layer", None), 0),
     }

@@ -21,7 +21,10 @@ class Guide:
 def render_card(source: LoadedRun, to: str, name: str, guide: Guide, comparison: Comparison) -> str:
     """README.md as text; `name` is that of the folder."""
     config, model = source.config, source.config.model
-    match = "fusion and match head" if model.fusion else "no fusion"
+    heads = {"match": model.match_head, "caption": model.captioning, "masked language": model.masked_language}
+    match = (
+        "fusion with heads: " + ", ".join(name for name, has in heads.items() if has) if model.fusion else "no fusion"
+    )
     facts = {
         "model": f"{model.image.kind} image tower, {model.text.kind} text tower, {match}",
         "embedding": f"{model.embed_dim} numbers, compared at unit norm",
@@ -75,9 +78,7 @@ def list_contrastive_limits(source: LoadedRun, library: str) -> list[str]:
     """What the run has and a library of contrastive models does not."""
     model, limits = source.config.model, []
     if model.fusion:
-        limits.append(
-            f"The fusion and the match head are not here: {library} has no place for them. `native` holds them."
-        )
+        limits.append(f"The fusion and its heads are not here: {library} has no place for them. `native` holds them.")
     return limits + list_training_limits(source)
 
 

@@ -149,7 +149,7 @@ def compare(source: LoadedRun, reloaded: Reloaded, probes: Probes, out: Path) ->
         ("logit scale", model.logit_scale(), torch.tensor([reloaded.logit_scale]), "one number"),
     ):
         comparison.check(what, ours, theirs, TOLERANCE, over)
-    if reloaded.match_logits and model.fusion:
+    if reloaded.match_logits and model.match_head:
         pairs = torch.arange(len(pixels) + len(texts))
         pictures, words = pairs % len(pixels), pairs % len(texts)
         ours = model.match_pairs(text.tokens[words], mask[words], image.tokens[pictures])

@@ -104,15 +104,17 @@ class LoadedModel:
         """[P] float32: the probability that picture i and text i belong together, by fusion and match head.
 
         It is that of training, where two of three pairs are false; use it to rank rather than with a fixed threshold.
-        Raises ValueError for a model without fusion, or when there are not as many pictures as texts.
+        Raises ValueError for a model without match head, or when there are not as many pictures as texts.
         """
         return self.match_logits(pictures, texts).softmax(dim=1)[:, 1]
 
     @torch.no_grad()
     def match_logits(self, pictures: Pictures, texts: Sequence[str]) -> Tensor:
         """[P,2] float32: the logits (mismatch, match) of picture i with text i. Raises as `match` does."""
-        if self.model.fusion is None:
-            raise ValueError("this model was trained without fusion (model.fusion), so it cannot match pairs")
+        if self.model.match_head is None:
+            raise ValueError(
+                "this model was trained without fusion or match head (model.fusion), so it cannot match pairs"
+            )
         if len(pictures) != len(texts):
             raise ValueError(f"{len(pictures)} pictures and {len(texts)} texts do not make pairs")
         logits = []
@@ -190,7 +192,7 @@ def write(source: LoadedRun, folder: Path, final: Path) -> Guide:
         folder / CONFIG, {"format": FORMAT, "pretrain": __version__, "step": source.step, "model": settings}
     )
     save_file({name: value.contiguous() for name, value in source.model.state_dict().items()}, folder / WEIGHTS)
-    usage = USAGE.format(name=final.name) + (USAGE_MATCH if config.fusion else "")
+    usage = USAGE.format(name=final.name) + (USAGE_MATCH if config.fusion and config.match_head else "")
     return Guide(None, usage, [])
 
 

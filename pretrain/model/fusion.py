@@ -4,10 +4,13 @@ Every fusion is called as `fusion(text, text_mask, image)`: text [P,L,D_text] fr
 config names (`text_layer`), text_mask [P,L] bool (True = a real token), image [P,N,D_image]. It returns `Fused`, in which
 padding has no part: neither real tokens nor the pooled vector depend on it. `fusion.width` is D.
 
+Those whose config says `decodes` are also called as `fusion.decode(text, text_mask, image)`, with tokens of a causal text
+tower: [P,L,D], of which a token knows the image and the text up to itself, so that the next one can be predicted from it.
+
 Shape legend: P match pairs, N image tokens, L text tokens, D fusion width.
 """
 
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import pydantic
 import torch
@@ -15,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.config import ConfigError, ConfigModel, Count, Ratio
+from pretrain.model.language import attention_bias, causal_mask
 
 
 class Fused(NamedTuple):
@@ -37,6 +41,9 @@ class TransformerConfig(ConfigModel):
     dropout: float = Dropout  # of what each branch adds to the residual stream
     from_layer: int | None = TextLayer  # fuse the text as it is after so many layers of its tower; none: its output
 
+    decodes: ClassVar[bool] = False  # whether it has `decode`: no text may reach an earlier one, also not by the image
+    has_text_tokens: ClassVar[bool] = True  # whether its fused tokens begin with the text's
+
     @pydantic.model_validator(mode="after")
     def check_sizes(self) -> "TransformerConfig":
         if self.width % self.heads:
@@ -56,6 +63,14 @@ class CrossAttentionConfig(TransformerConfig):
     # Who attends to whom. Fused tokens are those of who attends; with `both` (co-attention) the text's, then the image's.
     direction: Literal["text_to_image", "image_to_text", "both"] = "text_to_image"
 
+    @property
+    def decodes(self) -> bool:
+        return self.direction == "text_to_image"
+
+    @property
+    def has_text_tokens(self) -> bool:
+        return self.direction != "image_to_text"
+
     def build(self, image_width: int, text_tower: nn.Module) -> nn.Module:
         return CrossAttentionFusion(self, image_width, text_tower.width)
 
@@ -64,6 +79,7 @@ class SharedConfig(TransformerConfig):
     """One transformer over the joined sequence of text and image tokens, each marked with its side."""
 
     kind: Literal["shared"]
+    decodes: ClassVar[bool] = True
 
     def build(self, image_width: int, text_tower: nn.Module) -> nn.Module:
         return SharedFusion(self, image_width, text_tower.width)
@@ -91,6 +107,9 @@ class MedConfig(ConfigModel):
     dropout: float = Dropout  # of what the cross-attention adds
     from_layer: int | None = TextLayer  # none: shared layers all have cross-attention; own ones follow the last layer
 
+    decodes: ClassVar[bool] = True
+    has_text_tokens: ClassVar[bool] = True
+
     @property
     def text_layer(self) -> int | None:
         return 0 if self.from_layer is None and self.layers is None else self.from_layer
@@ -108,7 +127,7 @@ FUSIONS: dict[str, type[ConfigModel]] = {
 
 
 class Attention(nn.Module):
-    """Multi-head attention of `x` [P,X,D] to `context` [P,C,D']; `mask` [P,C] is True where context is real.
+    """Multi-head attention of `x` [P,X,D] to `context` [P,C,D']; `mask`, [P,C] or [P,X,C], is True where it may look.
 
     With `gated`, what was found is multiplied by a projection of who asked, so that one layer can compare the two. A
     sum alone can hardly say whether they agree, and matching then starts to learn much later.
@@ -125,9 +144,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
         query = self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         key, value = self.key_value(context).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=None if mask is None else mask[:, None, None, :]
-        )
+        if mask is not None:
+            mask = mask[:, None, None, :] if mask.ndim == 2 else mask[:, None]
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         attended = attended.transpose(1, 2).flatten(2)
         return self.out(attended if self.gate is None else attended * self.gate(x))
 
@@ -223,6 +242,9 @@ class CrossAttentionFusion(nn.Module):
         pooled = self.text.pool(text, text_mask) + self.image.pool(image, None)
         return Fused(torch.cat([text, image], 1), torch.cat([text_mask, image_mask], 1), pooled)
 
+    def decode(self, text: Tensor, text_mask: Tensor, image: Tensor) -> Tensor:
+        return self.run_one_way(self.text, text, causal_mask(text_mask), image, None)
+
     def run_one_way(
         self, own: CrossAttentionStack, x: Tensor, mask: Tensor | None, other: Tensor, other_mask: Tensor | None
     ) -> Tensor:
@@ -284,6 +306,17 @@ class SharedFusion(nn.Module):
         length = text.shape[1]  # pooled side by side: in one mean over all, a few words are lost among many patches
         pooled = self.text_pool(tokens[:, :length], text_mask) + self.image_pool(tokens[:, length:], None)
         return Fused(tokens, mask, pooled)
+
+    def decode(self, text: Tensor, text_mask: Tensor, image: Tensor) -> Tensor:
+        """The image is a prefix: it sees itself, and the text sees it and what was said before (UniLM, arXiv:1905.03197)."""
+        tokens, mask = self.enter(text, text_mask, image)
+        length = text.shape[1]
+        mask = mask[:, None, :].repeat(1, mask.shape[1], 1)
+        mask[:, :length, :length] = causal_mask(text_mask)
+        mask[:, length:, :length] = False
+        for layer in self.layers:
+            tokens = layer(tokens, mask)
+        return self.norm(tokens)[:, :length]
 
 
 class WeightedLayer(nn.Module):
@@ -347,7 +380,7 @@ class MedLayer(nn.Module):
         self.norm = nn.LayerNorm(width, eps=epsilon)
 
     def forward(self, text: Tensor, bias: Tensor, image: Tensor) -> Tensor:
-        """`bias` [P,1,1,L] is added to the scores of self-attention."""
+        """`bias` [P,1,1,L] or [P,1,L,L] is added to the scores of self-attention."""
         (layer,) = self.bert_layer
         attended = layer.attention(text, bias)[0]
         crossed = self.norm(attended + self.dropout(self.attention(attended, image)))
@@ -379,11 +412,17 @@ class MedFusion(nn.Module):
         initialise(self, len(layers))
 
     def forward(self, text: Tensor, text_mask: Tensor, image: Tensor) -> Fused:
-        # As low as BERT and BLIP have it where nothing is to be seen; both of transformers' attentions take it.
-        bias = torch.zeros_like(text_mask, dtype=text.dtype).masked_fill(~text_mask, torch.finfo(text.dtype).min)
+        tokens = self.run(text, attention_bias(text_mask[:, None, None, :], text.dtype), image)
+        return Fused(tokens, text_mask, tokens[:, 0])
+
+    def decode(self, text: Tensor, text_mask: Tensor, image: Tensor) -> Tensor:
+        """BLIP's text decoder, which shares all weights with its encoder but those of self-attention; here those too."""
+        return self.run(text, attention_bias(causal_mask(text_mask)[:, None], text.dtype), image)
+
+    def run(self, text: Tensor, bias: Tensor, image: Tensor) -> Tensor:
         for layer in self.cross:
-            text = layer(text, bias[:, None, None, :], image)
-        return Fused(text, text_mask, text[:, 0])
+            text = layer(text, bias, image)
+        return text
 
 
 def initialise(fusion: nn.Module, layers: int) -> None:

@@ -1,4 +1,4 @@
-"""The image-text model: two towers, and a fusion with a match head over true pairs and hard negatives.
+"""The image-text model: two towers, and a fusion with heads: for matching over true pairs and hard negatives, for tokens.
 
 Shape legend: B pairs per rank, G = B x world, N image tokens, L text tokens, D width, E embedding, P match pairs.
 """
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pretrain.config import ConfigModel, Count, union_by_kind
+from pretrain.config import ConfigError, ConfigModel, Count, union_by_kind
 from pretrain.contract import Batch, ModelOutput
 from pretrain.data.text import TOKENIZERS, ClipTokenizerConfig, Tokenizer
 from pretrain.model.blocks import (
@@ -20,8 +20,9 @@ from pretrain.model.blocks import (
     keep_frozen_in_evaluation,
 )
 from pretrain.model.fusion import FUSIONS
+from pretrain.model.language import TokenHead, TokenWeights, embedding_matrix, mask_tokens, predict
 from pretrain.model.negatives import MatchPairs, MatchPlan, plan_matches
-from pretrain.model.noise import Noise, pair_keys, replace_dropouts, row_keys
+from pretrain.model.noise import Noise, derive_keys, pair_keys, replace_dropouts, row_keys
 from pretrain.model.towers import IMAGE_TOWERS, TEXT_TOWERS, Tower, unit
 from pretrain.model.warm_start import WARM_STARTS
 from pretrain.world import World
@@ -32,12 +33,25 @@ PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_LOGIT_SCALE = 100.0
 
 
+class CaptioningConfig(ConfigModel):
+    """A head that predicts each caption's next token, from the image and the tokens before."""
+
+
+class MaskedLanguageConfig(ConfigModel):
+    """A head that predicts masked tokens of a caption, from the image and the tokens around."""
+
+    mask_share: float = pydantic.Field(default=0.15, gt=0, lt=1)
+
+
 class ModelConfig(ConfigModel):
     embed_dim: Count = 512  # E, of both sides
     image: union_by_kind(IMAGE_TOWERS)
     text: union_by_kind(TEXT_TOWERS)
     tokenizer: union_by_kind(TOKENIZERS) = ClipTokenizerConfig()
     fusion: union_by_kind(FUSIONS) | None = None  # none: contrastive only
+    match_head: bool = True  # of the fusion, for losses.matching; without: a fusion for captions only
+    captioning: CaptioningConfig | None = None  # for losses.captioning
+    masked_language: MaskedLanguageConfig | None = None  # for losses.masked_language
     random_negatives: float = pydantic.Field(default=0.5, ge=0, le=1)  # share of the match negatives not drawn hard
     init_logit_scale: float = pydantic.Field(default=1 / 0.07, gt=0, le=MAX_LOGIT_SCALE)
     init_logit_bias: float | None = None  # for losses.sigmoid: -10 in SigLIP, with a scale of 10; none: no bias
@@ -45,6 +59,20 @@ class ModelConfig(ConfigModel):
     freeze: list[str] = []  # beginnings of parameter names that are not trained: [image_tower] is LiT
     checkpoint_activations: bool = False  # keep none inside blocks: less memory, a third more time
     compile: bool = False  # torch.compile, block by block
+
+    @pydantic.model_validator(mode="after")
+    def check_heads(self) -> "ModelConfig":
+        for name, able in (("captioning", "decodes"), ("masked_language", "has_text_tokens")):
+            if getattr(self, name) and not self.fusion:
+                raise ValueError(f"{name} needs a fusion to predict from: set model.fusion")
+            if getattr(self, name) and not getattr(self.fusion, able):
+                which = " ".join(filter(None, (self.fusion.kind, getattr(self.fusion, "direction", None))))
+                fitting = {
+                    "captioning": "med, shared or cross text_to_image, where no text reaches an earlier token",
+                    "masked_language": "any but cross image_to_text, whose fused tokens are the image's",
+                }
+                raise ValueError(f"{name} cannot be done by a fusion of kind {which}: choose {fitting[name]}")
+        return self
 
 
 class LogitScale(nn.Module):
@@ -82,10 +110,26 @@ class ImageTextModel(nn.Module):
         self.text_tower = config.text.build(config.embed_dim, tokenizer, text_layer)
         self.logit_scale = LogitScale(config.init_logit_scale)
         self.logit_bias = None if config.init_logit_bias is None else LogitBias(config.init_logit_bias)
-        self.fusion = self.match_head = None
+        self.fusion = self.match_head = self.caption_head = self.masked_head = None
+        self.tokenizer = tokenizer
         if config.fusion:
             self.fusion = config.fusion.build(self.image_tower.width, self.text_tower)
+        if config.fusion and config.match_head:
             self.match_head = nn.Linear(self.fusion.width, 2)
+        if config.captioning:
+            if not self.text_tower.is_causal and self.text_tower.bert_layers is None:
+                raise ConfigError(
+                    "model.captioning: this text tower cannot read from left to right. Set model.text.kind=clip or bert, "
+                    "or an encoder built like BERT"
+                )
+            self.caption_head = TokenHead(self.fusion.width, self.text_tower.embedding)
+        if config.masked_language:
+            if tokenizer.mask_id is None:
+                raise ConfigError(
+                    f"model.masked_language: the tokenizer (kind: {tokenizer.config.kind}) has no mask token. Set one that "
+                    "has, such as BERT's: model.tokenizer={kind: huggingface, name: google-bert/bert-base-uncased}"
+                )
+            self.masked_head = TokenHead(self.fusion.width, self.text_tower.embedding)
         replace_dropouts(self, self.noise)
         freeze(self, config.freeze)
         if config.checkpoint_activations:
@@ -98,11 +142,17 @@ class ImageTextModel(nn.Module):
         keep_frozen_in_evaluation(self, self.config.freeze)
         return self
 
-    def forward(self, batch: Batch, match: bool = True, pairs: MatchPairs | None = None) -> ModelOutput:
-        """Embeddings of the batch, and the logits of its match pairs unless `match` is off.
+    def forward(
+        self,
+        batch: Batch,
+        heads: bool = True,
+        pairs: MatchPairs | None = None,
+        token_weights: TokenWeights | None = None,
+    ) -> ModelOutput:
+        """Embeddings of the batch and, unless `heads` is off, what the heads make of its fused tokens.
 
         Without `pairs`, negatives are drawn from these very embeddings, which then have to be the rank's whole batch; a
-        micro-batch is given the `pairs` that were drawn for it.
+        micro-batch is given the `pairs` that were drawn for it. So it is with `token_weights`, the counted tokens.
         """
         keys = self.sample_keys(torch.from_numpy(batch.position).to(batch.image.device))
         image, text = self.encode_image(batch.image, keys), self.encode_text(batch.ids, batch.mask, keys)
@@ -113,9 +163,11 @@ class ImageTextModel(nn.Module):
             self.logit_bias() if self.logit_bias else None,
             batch.identity,
         )
-        if self.fusion and match:
+        if heads and self.match_head:
             pairs = pairs or self.plan(batch, output).pairs(0, len(batch.image))
             self.match(batch, image, text, keys, pairs, output)
+        if heads and (self.caption_head or self.masked_head):
+            self.predict_tokens(batch, image, text, keys, token_weights or self.weigh_tokens(batch), output)
         return output
 
     def encode_image(self, image: Tensor, keys: Tensor | None = None) -> Tower:
@@ -176,6 +228,44 @@ class ImageTextModel(nn.Module):
         output.match_logits = torch.cat(chunks)
         output.match_labels = pairs.labels
         output.match_weight = pairs.weight.to(output.match_logits.dtype)
+
+    def weigh_tokens(self, batch: Batch) -> TokenWeights | None:
+        """Count the tokens to predict in the global batch, of which `batch` is this rank's whole part. Collective.
+
+        None for a model that predicts no tokens.
+        """
+        if not (self.caption_head or self.masked_head):
+            return None
+        masked = self.mask_tokens(batch)[1] if self.masked_head else torch.zeros_like(batch.mask)
+        counts = self.world.all_reduce(torch.stack([batch.mask[:, 1:].sum(), masked.sum()]))
+        return TokenWeights(*(self.world.size / counts.clamp(min=1).double()))
+
+    def mask_tokens(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The batch's ids [B,L] with some masked, and which [B,L]: a function of the seed and the samples' positions."""
+        keys = self.sample_keys(torch.from_numpy(batch.position).to(batch.ids.device))
+        share = self.config.masked_language.mask_share
+        return mask_tokens(batch.ids, batch.mask, keys, self.tokenizer, share)
+
+    def predict_tokens(
+        self, batch: Batch, image: Tower, text: Tower, keys: Tensor, weights: TokenWeights, output: ModelOutput
+    ) -> None:
+        """Fill in the predictions of true pairs' tokens. Each kind reads the text once more, with dropout of its own."""
+        embedding = embedding_matrix(self.text_tower.embedding)
+        if self.caption_head:
+            with self.noise.using(derive_keys(keys, "captioning")):
+                causal = self.text_tower.is_causal
+                tokens = text.tokens if causal else self.text_tower.causal_tokens(batch.ids, batch.mask)
+                tokens = self.fusion.decode(tokens, batch.mask, image.tokens)[:, :-1]
+            chosen, ids = batch.mask[:, 1:], batch.ids[:, 1:]
+            output.captioning = predict(self.caption_head, tokens, chosen, ids, embedding, weights.captioning)
+        if self.masked_head:
+            ids, chosen = self.mask_tokens(batch)
+            with self.noise.using(derive_keys(keys, "masked language")):
+                tokens = self.text_tower(ids, batch.mask).tokens
+                tokens = self.fusion(tokens, batch.mask, image.tokens).tokens[:, : ids.shape[1]]
+            output.masked_language = predict(
+                self.masked_head, tokens, chosen, batch.ids, embedding, weights.masked_language
+            )
 
 
 def normalise(image: Tensor) -> Tensor:

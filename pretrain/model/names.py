@@ -96,7 +96,7 @@ def to_blip(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """
     converted = {}
     for name, value in weights.items():
-        if name == TOKEN_TYPES or name.startswith("logit_"):
+        if name == TOKEN_TYPES or name.startswith(("logit_", "caption_head.", "masked_head.")):
             continue
         if name == POSITIONS:
             value = value + weights[TOKEN_TYPES][0]

@@ -34,6 +34,17 @@ def row_keys(seed: int, position: Tensor) -> Tensor:
     return mix(mix(torch.full_like(position, seed) + _GAMMA) + position * _GAMMA)
 
 
+def derive_keys(keys: Tensor, purpose: str) -> Tensor:
+    """Other keys [B] of the same rows, for a purpose whose draws shall be its own."""
+    return mix(keys ^ zlib.crc32(purpose.encode()))
+
+
+def uniform(keys: Tensor, count: int) -> Tensor:
+    """[B,count] float64 in [0,1): `count` draws a row."""
+    numbers = torch.arange(1, count + 1, device=keys.device) * _GAMMA
+    return (mix(keys[:, None] + numbers) >> 11 & 2**53 - 1).double() * 2.0**-53
+
+
 def pair_keys(image_keys: Tensor, text_keys: Tensor) -> Tensor:
     """The keys [P] of pairs of an image and a text, each given by its sample's key [P]."""
     return mix(image_keys + mix(text_keys + _GAMMA))

@@ -6,6 +6,9 @@ A tower's forward returns `Tower(tokens [B,N or L,D], pooled [B,E])`: `pooled` h
 projection, because open_clip's towers and ResNet's attention pool carry it inside. `tower.width` is D, `tower.inner` the
 library's module. A text tower is built with `text_layer`, which the fusion chooses: its tokens are then those after so
 many of its layers (0: the embeddings), while `pooled` always comes from the last.
+
+`text_tower.is_causal` says that no token knows what follows it. Where it is False, `causal_tokens(ids, mask)` gives tokens
+[B,L,D] that do not, for captioning; `text_tower.embedding` is the nn.Embedding of its ids.
 """
 
 import inspect
@@ -20,6 +23,7 @@ from data_tools.errors import suggest
 from pretrain.config import ConfigError, ConfigModel, Count, Ratio
 from pretrain.data.text import Tokenizer
 from pretrain.model.blocks import find_blocks
+from pretrain.model.language import attention_bias, causal_mask
 from pretrain.torchvision_ops import prepare_torchvision
 from pretrain.world import World
 
@@ -395,6 +399,7 @@ class TokenTap:
 
 class ClipText(nn.Module):
     bert_layers = None
+    is_causal = True
 
     def __init__(self, config: ClipTextConfig, embed_dim: int, tokenizer: Tokenizer, text_layer: int | None):
         super().__init__()
@@ -409,13 +414,41 @@ class ClipText(nn.Module):
         self.width = config.width
         self.tap = TokenTap(self.inner, text_layer)
 
+    @property
+    def embedding(self) -> nn.Embedding:
+        return self.inner.token_embedding
+
     def forward(self, ids: Tensor, mask: Tensor) -> Tower:
         """[B,L] token ids; the mask is not needed: padding follows the end mark, which attends only to what is before."""
         pooled, tokens = self.inner(ids)
         return Tower(self.tap.tokens(tokens), pooled)
 
 
-class Bert(nn.Module):
+class EncoderText(nn.Module):
+    """What text towers around an encoder of transformers share: `inner`, `pooling`, `projection`, `tap`."""
+
+    is_causal = False
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        return self.inner.get_input_embeddings()
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tower:
+        """[B,L] token ids, [B,L] bool mask."""
+        output = self.inner(input_ids=ids, attention_mask=mask.long())
+        pooled = self.projection(pool(output, output.last_hidden_state, mask, self.pooling))
+        return Tower(self.tap.tokens(output.last_hidden_state), pooled)
+
+    def causal_tokens(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """[B,L] ids and mask -> [B,L,D]: tokens of the same layers, each attending only to itself and what is before it.
+
+        For encoders built like BERT (`bert_layers`); another may take such a mask for another thing.
+        """
+        bias = attention_bias(causal_mask(mask)[:, None], self.embedding.weight.dtype)
+        return self.tap.tokens(self.inner(input_ids=ids, attention_mask=bias).last_hidden_state)
+
+
+class Bert(EncoderText):
     def __init__(self, config: BertConfig, embed_dim: int, vocab_size: int, text_layer: int | None):
         super().__init__()
         prepare_torchvision()
@@ -442,14 +475,8 @@ class Bert(nn.Module):
     def bert_layers(self) -> nn.ModuleList:
         return self.inner.encoder.layer
 
-    def forward(self, ids: Tensor, mask: Tensor) -> Tower:
-        """[B,L] token ids, [B,L] bool mask."""
-        output = self.inner(input_ids=ids, attention_mask=mask.long())
-        pooled = self.projection(pool(output, output.last_hidden_state, mask, self.pooling))
-        return Tower(self.tap.tokens(output.last_hidden_state), pooled)
 
-
-class HuggingfaceText(nn.Module):
+class HuggingfaceText(EncoderText):
     def __init__(self, config: HuggingfaceTextConfig, embed_dim: int, tokenizer: Tokenizer, text_layer: int | None):
         super().__init__()
         settings = config.read("model.text", "text_config")
@@ -473,12 +500,6 @@ class HuggingfaceText(nn.Module):
         layers = getattr(getattr(self.inner, "encoder", None), "layer", None)
         alike = layers is not None and all(hasattr(layers[0], part) for part in ("attention", "intermediate", "output"))
         return layers if alike else None
-
-    def forward(self, ids: Tensor, mask: Tensor) -> Tower:
-        """[B,L] token ids, [B,L] bool mask."""
-        output = self.inner(input_ids=ids, attention_mask=mask.long())
-        pooled = self.projection(pool(output, output.last_hidden_state, mask, self.pooling))
-        return Tower(self.tap.tokens(output.last_hidden_state), pooled)
 
 
 def create_timm(config: TimmConfig) -> nn.Module:

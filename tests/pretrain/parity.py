@@ -1,6 +1,7 @@
 """What one rank computes in the parity tests: importable, so that spawned processes can run it."""
 
 import contextlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from data_tools.errors import UserError
 from pretrain.accumulate import BadSteps, compute_gradients
 from pretrain.config import check_config
-from pretrain.contract import Batch, ModelOutput
+from pretrain.contract import Batch, ModelOutput, TeacherOutput
 from pretrain.data.text import ClipTokenizerConfig, Tokenizer
 from pretrain.engine import (
     EngineConfig,
@@ -19,7 +20,16 @@ from pretrain.engine import (
     parameter_groups,
     set_learning_rate,
 )
-from pretrain.losses import ContrastiveConfig, LossesConfig, MatchingConfig, SigmoidConfig, compute_losses
+from pretrain.losses import (
+    CaptioningConfig,
+    ContrastiveConfig,
+    DistillConfig,
+    LossesConfig,
+    MaskedLanguageConfig,
+    MatchingConfig,
+    SigmoidConfig,
+    compute_losses,
+)
 from pretrain.model.model import ModelConfig, build_model
 from pretrain.model.negatives import find_true_pairs, gather_identity
 from pretrain.model.noise import pair_keys
@@ -27,14 +37,22 @@ from pretrain.model.towers import Tower
 from pretrain.world import World
 
 GLOBAL_BATCH = 16
-VOCAB_SIZE = 49408
-TOKENIZER = Tokenizer(ClipTokenizerConfig(), VOCAB_SIZE, 12, None, end_id=VOCAB_SIZE - 1)
+VOCAB_SIZE = 1001
+TOKENIZER = Tokenizer(
+    ClipTokenizerConfig(), VOCAB_SIZE, 12, None, end_id=VOCAB_SIZE - 1, mask_id=1, special_ids=(0, VOCAB_SIZE - 1)
+)
 LOSSES = LossesConfig(matching=MatchingConfig())
 # Blocks of 5 and 3 columns: several even for one rank, and the last one short.
 ALL_LOSSES = LossesConfig(
     contrastive=ContrastiveConfig(chunk=5, label_smoothing=0.1, positives="soft"),
     sigmoid=SigmoidConfig(chunk=3, positives="masked", weight=0.3),
     matching=MatchingConfig(weight=2.0),
+)
+LANGUAGE_LOSSES = LossesConfig(
+    matching=MatchingConfig(),
+    captioning=CaptioningConfig(label_smoothing=0.1, weight=0.5),
+    masked_language=MaskedLanguageConfig(weight=2.0),
+    distill=DistillConfig(teacher="of the test", cosine=0.5, chunk=5),
 )
 VIT = {"kind": "vit", "image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16}
 IMAGE_TOWERS = {
@@ -49,7 +67,12 @@ TEXT_TOWERS = {
     "bert_dropping": {**BERT, "dropout": 0.2},
 }
 CROSS = {"kind": "cross", "width": 32, "layers": 1, "heads": 2}
-FUSIONS = {"cross": CROSS, "cross_dropping": {**CROSS, "dropout": 0.2}}
+FUSIONS = {
+    "cross": CROSS,
+    "cross_dropping": {**CROSS, "dropout": 0.2},
+    "shared_dropping": {**CROSS, "kind": "shared", "dropout": 0.2},
+    "med_dropping": {"kind": "med", "dropout": 0.2},
+}
 
 
 class Case(NamedTuple):
@@ -59,8 +82,10 @@ class Case(NamedTuple):
     losses: LossesConfig = ALL_LOSSES
 
 
-def model_config(image: str, text: str, fusion: str = "cross") -> ModelConfig:
+def model_config(image: str, text: str, fusion: str = "cross", language: bool = False) -> ModelConfig:
+    heads = {"captioning": {}, "masked_language": {"mask_share": 0.3}} if language else {}
     values = {
+        **heads,
         "embed_dim": 16,
         "image": IMAGE_TOWERS[image],
         "text": TEXT_TOWERS[text],
@@ -76,16 +101,16 @@ def make_batch(config: ModelConfig, step: int, world: World) -> Batch:
     generator = torch.Generator().manual_seed(step)
     image = torch.randint(0, 256, (GLOBAL_BATCH, 3, size, size), generator=generator, dtype=torch.uint8)
     ids = torch.randint(1, 1000, (GLOBAL_BATCH, length), generator=generator)
-    ids[:, 8] = VOCAB_SIZE - 1
-    ids[:, 9:] = 0
     image_id, text_id = torch.arange(GLOBAL_BATCH), torch.arange(GLOBAL_BATCH)
     image[1], image_id[1], ids[3], text_id[3] = image[0], 0, ids[2], 2
+    ends, places = 3 + text_id % 7, torch.arange(length)  # texts of 4 to 10 tokens
+    ids = ids.where(places < ends[:, None], 0).where(places != ends[:, None], VOCAB_SIZE - 1)
     rows = GLOBAL_BATCH // world.size
     own = slice(world.rank * rows, (world.rank + 1) * rows)
     return Batch(
         image=image[own],
         ids=ids[own],
-        mask=(torch.arange(length) <= 8).expand(rows, length).contiguous(),
+        mask=(places <= ends[:, None])[own],
         image_id=image_id[own],
         text_id=text_id[own],
         true_text_id=text_id[own][:, None],
@@ -118,11 +143,28 @@ def losses_and_gradients(
     world: World, case: Case, micro_batches: int
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Losses and every parameter's gradient in float64, each averaged over the ranks."""
-    config = model_config(case.image, case.text, case.fusion)
+    config = model_config(case.image, case.text, case.fusion, bool(case.losses.captioning))
     model = build_model(config, TOKENIZER, 0, world).double().train()
-    size = GLOBAL_BATCH // world.size // micro_batches
-    losses, _ = compute_gradients(PlainEngine(model), make_batch(config, 0, world), case.losses, 0, size, world)
+    batch, size = make_batch(config, 0, world), GLOBAL_BATCH // world.size // micro_batches
+    teacher = build_teacher(config, torch.float64) if case.losses.distill else None
+    losses, _ = compute_gradients(PlainEngine(model), batch, case.losses, 0, size, world, teacher)
     return averages(world, model, losses)
+
+
+def build_teacher(config: ModelConfig, dtype: torch.dtype) -> Callable[[Batch], TeacherOutput]:
+    """A model of other weights, in evaluation mode."""
+    model = build_model(config, TOKENIZER, 1).to(dtype).eval()
+
+    @torch.no_grad()
+    def teacher(batch: Batch) -> TeacherOutput:
+        output = model(batch, heads=False)
+        return TeacherOutput(output.image_embed, output.text_embed, output.logit_scale)
+
+    return teacher
+
+
+def language_losses_and_gradients(world: World, cases: list[tuple[Case, int]]) -> list:
+    return [losses_and_gradients(world, *case) for case in cases]
 
 
 def averages(world: World, model: torch.nn.Module, losses: dict[str, torch.Tensor]) -> tuple[dict, dict]:
@@ -141,7 +183,7 @@ def gather_tokens(world: World, case: Case) -> tuple[dict[str, float], dict[str,
     config = model_config(case.image, case.text, case.fusion)
     model = build_model(config, TOKENIZER, 0, world).double().train()
     batch = make_batch(config, 0, world)
-    output = model(batch, match=False)
+    output = model(batch, heads=False)
     keys = model.sample_keys(torch.from_numpy(batch.position))
     image, text = model.encode_image(batch.image, keys), model.encode_text(batch.ids, batch.mask, keys)
     images, texts, masks, all_keys = map(world.all_gather, (image.tokens, text.tokens, batch.mask, keys))
@@ -233,14 +275,17 @@ def losses_of_both(world: World) -> dict[str, list[tuple[str, float, list[np.nda
     return results
 
 
-DROPPING = ("vit_dropping", "bert_dropping", "cross_dropping")
+DROPPING = Case()
 BAD_STEP = 2
 
 
-def train_losses(world: World, runs: list[tuple[int, int]], steps: int) -> list[tuple[list[float], list[str]]]:
+def train_losses(
+    world: World, runs: list[tuple[int, int]], steps: int, case: Case = DROPPING
+) -> list[tuple[list[float], list[str]]]:
     """Steps of DeepSpeed in fp32 for each (ZeRO stage, number of micro-batches): total losses (means over ranks), and what
     was said of the steps that were skipped: in one, the first image of each of rank 1's micro-batches becomes NaN."""
-    config, results = model_config(*DROPPING), []
+    config, results = model_config(case.image, case.text, case.fusion, bool(case.losses.captioning)), []
+    teacher = build_teacher(config, torch.float32) if case.losses.distill else None
     for stage, micro_batches in runs:
         settings = EngineConfig(zero_stage=stage, precision="fp32", lr=1e-3, warmup_steps=3)
         model = build_model(config, TOKENIZER, 0, world).train()
@@ -252,7 +297,7 @@ def train_losses(world: World, runs: list[tuple[int, int]], steps: int) -> list[
             spoil = step == BAD_STEP and world.rank == 1
             hook = model.image_tower.register_forward_hook(spoil_first_row) if spoil else None
             size = len(batch.ids) // micro_batches
-            values, output = compute_gradients(engine, batch, ALL_LOSSES, step, size, world)
+            values, output = compute_gradients(engine, batch, case.losses, step, size, world, teacher)
             if hook:
                 hook.remove()
             applied = apply_gradients(engine)
@@ -272,17 +317,22 @@ def spoil_first_row(module: torch.nn.Module, arguments: tuple, tower: Tower) -> 
     return Tower(tower.tokens, pooled)
 
 
-def plain_losses(steps: int) -> list[float]:
+def plain_losses(steps: int, case: Case = DROPPING) -> list[float]:
     """The same in plain PyTorch: one process, the whole batch at once, no update in the bad step."""
-    config, settings = model_config(*DROPPING), EngineConfig(precision="fp32", lr=1e-3, warmup_steps=3)
+    config = model_config(case.image, case.text, case.fusion, bool(case.losses.captioning))
+    settings = EngineConfig(precision="fp32", lr=1e-3, warmup_steps=3)
+    teacher = build_teacher(config, torch.float32) if case.losses.distill else None
     model = build_model(config, TOKENIZER, 0).train()
-    groups = parameter_groups(model, settings.weight_decay)
+    groups = parameter_groups(model, settings.weight_decay, settings.layer_decay)
     optimizer = torch.optim.AdamW(groups, betas=(settings.beta1, settings.beta2), eps=settings.epsilon)
     results = []
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(settings, step, steps)
-        loss = compute_losses(ALL_LOSSES, model(make_batch(config, step, World())), World())["total"]
+        batch = make_batch(config, step, World())
+        output = model(batch)
+        output.teacher = teacher(batch) if teacher else None
+        loss = compute_losses(case.losses, output, World())["total"]
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip)

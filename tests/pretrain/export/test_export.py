@@ -423,7 +423,7 @@ def test_the_code_in_the_model_card_runs(to, towers, build_run, tmp_path, monkey
     ):
         assert line in card and line in printed
     assert "| steps | 7 |" in card and "| samples seen | 28 |" in card and "| trained on | train |" in card
-    assert ("match head are not here" in card) == (to not in ("native", "blip"))
+    assert ("its heads are not here" in card) == (to not in ("native", "blip"))
     assert str(tmp_path) not in card.replace(str(tmp_path / "my-model" / "text_model"), "")
 
 

@@ -37,6 +37,7 @@ COLUMNS = [2**power for power in range(10, 18)]
 LARGEST_SQUARE = 8192  # columns for which G x G matrices still fit a small machine
 TOKENS, TOKEN_WIDTH, TEXT_LENGTH = 197, 768, 77  # of ViT-B/16 at 224 pixels, and CLIP's context
 MICRO_BATCHES = 8
+PRECISION = {"cpu": "fp32", "cuda": "bf16"}
 TOWERS = {
     "cpu": {
         "embed_dim": 128,
@@ -73,7 +74,9 @@ class PretendWorld(World):
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=tuple(TOWERS), default="cpu")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="pairs a step of the time table (64, on a GPU 512)")
+    parser.add_argument(
+        "--batch-size", type=int, metavar="N", help="pairs a step of the time table (128, on a GPU 512)"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="of the time table (5)")
     parser.add_argument("--only", choices=("memory", "bytes", "time"), help="one of the tables")
     return run_command(measure, parser.parse_args())
@@ -168,12 +171,29 @@ def show_bytes(options: argparse.Namespace) -> None:
 def show_time(options: argparse.Namespace) -> None:
     import_deepspeed()
     world = connect()
-    size = options.batch_size or {"cpu": 64, "cuda": 512}[options.device]
-    config = check_config(TOWERS[options.device], ModelConfig, where="towers")
+    size = options.batch_size or {"cpu": 128, "cuda": 512}[options.device]
+    print(
+        f"\nSeconds of a step of {size} pairs, {PRECISION[options.device]}, {describe(options)}: medians of {options.rounds}"
+    )
+    print(f"{'':<26} {'whole':>8} {f'{MICRO_BATCHES} parts':>8}   times as long (rounds)")
+    for matching in (False, True):
+        whole, cut = time_steps(options, world, size, matching)
+        ratios = [one / other for one, other in zip(cut, whole, strict=True)]
+        name = "contrastive and matching" if matching else "contrastive alone"
+        middle = [statistics.median(values) for values in (whole, cut, ratios)]
+        print(
+            f"{name:<26} {middle[0]:8.3f} {middle[1]:8.3f}   {middle[2]:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        )
+    disconnect()
+
+
+def time_steps(options: argparse.Namespace, world: World, size: int, matching: bool) -> tuple[list[float], list[float]]:
+    """Seconds of steps with the whole batch, and in micro-batches, in turns."""
+    towers = {name: part for name, part in TOWERS[options.device].items() if matching or name != "fusion"}
+    config = check_config(towers, ModelConfig, where="towers")
     length = config.text.context_length
-    tokenizer = build_tokenizer(ClipTokenizerConfig(), length)
-    model = build_model(config, tokenizer, 0, world).train()
-    engine = build_engine(model, EngineConfig(zero_stage=1, precision="bf16"), size, world)
+    model = build_model(config, build_tokenizer(ClipTokenizerConfig(), length), 0, world).train()
+    engine = build_engine(model, EngineConfig(zero_stage=1, precision=PRECISION[options.device]), size, world)
     generator = torch.Generator().manual_seed(0)
     shape = (size, 3, config.image.image_size, config.image.image_size)
     batch = Batch(
@@ -186,7 +206,7 @@ def show_time(options: argparse.Namespace) -> None:
         position=np.arange(size),
         keys=[],
     ).to(world.device)
-    losses = LossesConfig(matching=MatchingConfig())
+    losses = LossesConfig(matching=MatchingConfig() if matching else None)
 
     def step_s(micro_batches: int) -> float:
         started_s = time.perf_counter()
@@ -202,15 +222,8 @@ def show_time(options: argparse.Namespace) -> None:
             seconds = step_s(micro_batches)
             if number:  # the first of each loads and plans
                 times.append(seconds)
-    whole, cut = (statistics.median(times) for times in steps.values())
-    ratios = [one / other for one, other in zip(steps[MICRO_BATCHES], steps[1], strict=True)]
-    print(f"\nSteps of {size} pairs, contrastive and matching, bf16, {describe(options)}: medians of {options.rounds}")
-    print(
-        f"  whole batch {whole:.3f} s, {MICRO_BATCHES} micro-batches {cut:.3f} s: {statistics.median(ratios):.2f} times",
-        end="",
-    )
-    print(f" ({min(ratios):.2f} to {max(ratios):.2f})")
-    disconnect()
+    engine.destroy()
+    return steps[1], steps[MICRO_BATCHES]
 
 
 def describe(options: argparse.Namespace) -> Any:

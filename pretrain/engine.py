@@ -4,6 +4,7 @@ This file and checkpoint.py are the only ones that know DeepSpeed.
 """
 
 import contextlib
+import itertools
 import logging
 import math
 import os
@@ -25,6 +26,9 @@ class EngineConfig(ConfigModel):
     """ZeRO, precision and AdamW."""
 
     zero_stage: int = pydantic.Field(default=1, ge=0, le=3)
+    offload: Literal["none", "optimizer", "all"] = (
+        "none"  # what waits in the host's memory; all: the weights too (ZeRO 3)
+    )
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     lr: float = pydantic.Field(default=1e-3, gt=0)  # peak, after warm-up
     min_lr: float = pydantic.Field(default=0.0, ge=0)  # at the end of the cosine
@@ -37,6 +41,13 @@ class EngineConfig(ConfigModel):
         default=1.0, gt=0, le=1
     )  # of the rate, a block down from a tower's end; 1 = none
     gradient_clip: float = pydantic.Field(default=1.0, ge=0)  # global norm; 0 = off
+
+    @pydantic.model_validator(mode="after")
+    def check_offload(self) -> "EngineConfig":
+        least = {"none": 0, "optimizer": 1, "all": 3}[self.offload]
+        if self.zero_stage < least:
+            raise ValueError(f"offload: {self.offload} needs zero_stage {least} or more; it is {self.zero_stage}")
+        return self
 
 
 def learning_rate(config: EngineConfig, step: int, steps: int) -> float:
@@ -66,12 +77,19 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float) 
 
 def deepspeed_config(config: EngineConfig, global_batch: int, world: World) -> dict[str, Any]:
     """DeepSpeed's own configuration. Generated, because DeepSpeed lets misspelt top-level keys pass."""
+    zero: dict[str, Any] = {"stage": config.zero_stage}
+    host = {"device": "cpu", "pin_memory": world.device.type == "cuda"}
+    if config.offload != "none":
+        zero["offload_optimizer"] = host
+    if config.offload == "all":
+        zero["offload_param"] = host
     return {
         "train_batch_size": global_batch,
         "train_micro_batch_size_per_gpu": global_batch // world.size,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.gradient_clip,
-        "zero_optimization": {"stage": config.zero_stage},
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,  # offloaded too, torch's fused AdamW: DeepSpeed's own needs a compiler
         "bf16": {"enabled": config.precision == "bf16"},
         "fp16": {"enabled": config.precision == "fp16", "initial_scale_power": 14},
         "steps_per_print": 2**31,
@@ -132,7 +150,20 @@ def build_engine(model: nn.Module, config: EngineConfig, global_batch: int, worl
     engine, *_ = deepspeed.initialize(
         model=model.to(world.device), optimizer=optimizer, config=deepspeed_config(config, global_batch, world)
     )
+    if config.zero_stage == 0 and config.precision != "fp32":
+        undo_first_step(engine.optimizer)
     return engine
+
+
+def undo_first_step(optimizer: Any) -> None:
+    """Take back the step without gradients by which DeepSpeed, in 16 bits without ZeRO, allocates AdamW's moments.
+
+    It decays the weights once, and counts: the first true step would then be 0.74 of what it should be.
+    """
+    optimizer.optimizer.state.clear()
+    weights = itertools.chain(*optimizer.fp16_groups)
+    for weight, exact in zip(weights, itertools.chain(*optimizer.fp32_groups), strict=True):
+        exact.data.copy_(weight.data)
 
 
 @contextlib.contextmanager

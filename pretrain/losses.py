@@ -161,27 +161,61 @@ def softmax_loss(
 def sigmoid_loss(config: SigmoidConfig, output: ModelOutput, world: World) -> Tensor:
     """Binary cross-entropy of own images with all texts: the sum over texts, the mean over images.
 
+    Texts are passed from rank to rank, so that each holds those of one rank besides its own, however many ranks there are.
+
     Shapes:  image_embed [B,E], text_embed [B,E], logit_scale [1], logit_bias [1].
     Returns: scalar [], nats a pair.
-    Source:  SigLIP, arXiv:2303.15343, algorithm 1.
+    Source:  SigLIP, arXiv:2303.15343, algorithm 1 and section 3.3.
     """
-    image, texts = output.image_embed, world.all_gather(output.text_embed)
     others = OtherPairs(config.positives, output, world)
 
     def loss_of(image: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, start: int) -> Tensor:
+        """With the texts of the global batch from `start` on."""
         scores = scale * image @ texts.T + bias
         true = own_columns(len(image), start, len(texts), world)
         other = others.of_images(start, start + len(texts))
         if config.positives == "soft":
             true = true | other
         losses = F.softplus(torch.where(true, -scores, scores))
-        return (losses.masked_fill(other, 0) if config.positives == "masked" else losses).sum()
+        return (losses.masked_fill(other, 0) if config.positives == "masked" else losses).sum() / len(image)
 
-    scale, bias = output.logit_scale, output.logit_bias
-    total = [
-        compute(loss_of, image, block, scale, bias, start) for start, block, compute in blocks(texts, config.chunk)
-    ]
-    return torch.stack(total).sum() / len(image)
+    leaves = (output.image_embed, output.text_embed, output.logit_scale, output.logit_bias)
+    return _Ring.apply(loss_of, config.chunk, world, *leaves)
+
+
+class _Ring(torch.autograd.Function):
+    """The sum of `loss_of` over the texts of all ranks, which go round. Their gradients travel with them and so come home.
+
+    Gradients are computed with the loss, block by block, for a block is not there any more when the backward pass begins.
+    That takes the same factor from each rank's backward pass, which holds for a weighted sum of losses.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, loss_of: Callable, chunk: int, world: World, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor
+    ) -> Tensor:
+        total = image.new_zeros(())
+        gradients = [torch.zeros_like(leaf) for leaf in (image, scale, bias)]
+        texts, text_gradient = text.detach(), torch.zeros_like(text)
+        for hop in range(world.size):
+            first = (world.rank - hop) % world.size * len(text)  # whose texts these are
+            for start in range(0, len(text), chunk):
+                block = slice(start, start + chunk)
+                with torch.enable_grad():
+                    leaves = [leaf.detach().requires_grad_() for leaf in (image, texts[block], scale, bias)]
+                    loss = loss_of(*leaves, first + start)
+                found = torch.autograd.grad(loss, leaves)
+                total += loss.detach()
+                text_gradient[block] += found[1]
+                for gradient, part in zip(gradients, (found[0], *found[2:]), strict=True):
+                    gradient += part
+            texts, text_gradient = world.rotate(texts, text_gradient)
+        ctx.save_for_backward(gradients[0], text_gradient, *gradients[1:])
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return None, None, None, *(grad * gradient for gradient in ctx.saved_tensors)
 
 
 def distill_loss(config: DistillConfig, output: ModelOutput, world: World) -> Tensor:

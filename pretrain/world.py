@@ -49,6 +49,18 @@ class World:
         """The sum over ranks, with gradient."""
         return x if self.size == 1 else _AllReduce.apply(x)
 
+    def rotate(self, *tensors: Tensor) -> list[Tensor]:
+        """The tensors of the rank before this one, whose own go to the rank after it; without gradient."""
+        if self.size == 1:
+            return list(tensors)
+        after, before = (self.rank + 1) % self.size, (self.rank - 1) % self.size
+        received = [torch.empty_like(x) for x in tensors]
+        sends = [dist.P2POp(dist.isend, x.contiguous(), after) for x in tensors]
+        receives = [dist.P2POp(dist.irecv, x, before) for x in received]
+        for work in dist.batch_isend_irecv([*sends, *receives]):
+            work.wait()
+        return received
+
     def mean(self, x: Tensor) -> Tensor:
         """The mean over ranks, without gradient: for metrics."""
         x = x.detach().clone()

@@ -43,16 +43,17 @@ TOKENIZER = Tokenizer(
 )
 LOSSES = LossesConfig(matching=MatchingConfig())
 # Blocks of 5 and 3 columns: several even for one rank, and the last one short.
-ALL_LOSSES = LossesConfig(
+PAIR_LOSSES = LossesConfig(
     contrastive=ContrastiveConfig(chunk=5, label_smoothing=0.1, positives="soft"),
     sigmoid=SigmoidConfig(chunk=3, positives="masked", weight=0.3),
     matching=MatchingConfig(weight=2.0),
-)
-LANGUAGE_LOSSES = LossesConfig(
-    matching=MatchingConfig(),
-    captioning=CaptioningConfig(label_smoothing=0.1, weight=0.5),
-    masked_language=MaskedLanguageConfig(weight=2.0),
     distill=DistillConfig(teacher="of the test", cosine=0.5, chunk=5),
+)
+ALL_LOSSES = PAIR_LOSSES.model_copy(
+    update={
+        "captioning": CaptioningConfig(label_smoothing=0.1, weight=0.5),
+        "masked_language": MaskedLanguageConfig(weight=2.0),
+    }
 )
 VIT = {"kind": "vit", "image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16}
 IMAGE_TOWERS = {
@@ -67,29 +68,35 @@ TEXT_TOWERS = {
     "bert_dropping": {**BERT, "dropout": 0.2},
 }
 CROSS = {"kind": "cross", "width": 32, "layers": 1, "heads": 2}
+DROPPING = {**CROSS, "dropout": 0.2}
 FUSIONS = {
     "cross": CROSS,
-    "cross_dropping": {**CROSS, "dropout": 0.2},
-    "shared_dropping": {**CROSS, "kind": "shared", "dropout": 0.2},
-    "med_dropping": {"kind": "med", "dropout": 0.2},
+    "text_to_image": DROPPING,
+    "image_to_text": {**DROPPING, "direction": "image_to_text"},
+    "both": {**DROPPING, "direction": "both"},
+    "shared": {**DROPPING, "kind": "shared"},
+    "weighted": {**DROPPING, "kind": "weighted"},
+    "med": {"kind": "med", "dropout": 0.2},
 }
 
 
 class Case(NamedTuple):
+    """Towers and fusion by name, and losses. Those that drop do so in training: patches, hidden states, branches."""
+
     image: str = "vit_dropping"
     text: str = "bert_dropping"
-    fusion: str = "cross_dropping"
+    fusion: str = "med"
     losses: LossesConfig = ALL_LOSSES
 
 
-def model_config(image: str, text: str, fusion: str = "cross", language: bool = False) -> ModelConfig:
-    heads = {"captioning": {}, "masked_language": {"mask_share": 0.3}} if language else {}
+def model_config(case: Case) -> ModelConfig:
+    heads = {"captioning": {}, "masked_language": {"mask_share": 0.3}}
     values = {
-        **heads,
+        **{name: head for name, head in heads.items() if getattr(case.losses, name)},
         "embed_dim": 16,
-        "image": IMAGE_TOWERS[image],
-        "text": TEXT_TOWERS[text],
-        "fusion": FUSIONS[fusion],
+        "image": IMAGE_TOWERS[case.image],
+        "text": TEXT_TOWERS[case.text],
+        "fusion": FUSIONS[case.fusion],
         "init_logit_bias": -3.0,
     }
     return check_config(values, ModelConfig, "test")
@@ -143,7 +150,7 @@ def losses_and_gradients(
     world: World, case: Case, micro_batches: int
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Losses and every parameter's gradient in float64, each averaged over the ranks."""
-    config = model_config(case.image, case.text, case.fusion, bool(case.losses.captioning))
+    config = model_config(case)
     model = build_model(config, TOKENIZER, 0, world).double().train()
     batch, size = make_batch(config, 0, world), GLOBAL_BATCH // world.size // micro_batches
     teacher = build_teacher(config, torch.float64) if case.losses.distill else None
@@ -163,10 +170,6 @@ def build_teacher(config: ModelConfig, dtype: torch.dtype) -> Callable[[Batch], 
     return teacher
 
 
-def language_losses_and_gradients(world: World, cases: list[tuple[Case, int]]) -> list:
-    return [losses_and_gradients(world, *case) for case in cases]
-
-
 def averages(world: World, model: torch.nn.Module, losses: dict[str, torch.Tensor]) -> tuple[dict, dict]:
     means = {name: world.mean(loss).item() for name, loss in losses.items()}
     gradients = {name: world.mean(p.grad).numpy() for name, p in model.named_parameters() if p.grad is not None}
@@ -175,12 +178,15 @@ def averages(world: World, model: torch.nn.Module, losses: dict[str, torch.Tenso
 
 
 def all_losses_and_gradients(world: World, cases: list[tuple[Case, int]]) -> list:
-    return [losses_and_gradients(world, *case) for case in cases] + [gather_tokens(world, Case())]
+    return [losses_and_gradients(world, *case) for case in cases]
+
+
+GATHERED = Case(fusion="text_to_image", losses=PAIR_LOSSES.model_copy(update={"distill": None}))
 
 
 def gather_tokens(world: World, case: Case) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """The reference: all tokens and embeddings gathered, as BLIP-2 does, and the losses written with whole matrices."""
-    config = model_config(case.image, case.text, case.fusion)
+    config = model_config(case)
     model = build_model(config, TOKENIZER, 0, world).double().train()
     batch = make_batch(config, 0, world)
     output = model(batch, heads=False)
@@ -275,19 +281,27 @@ def losses_of_both(world: World) -> dict[str, list[tuple[str, float, list[np.nda
     return results
 
 
-DROPPING = Case()
 BAD_STEP = 2
 
 
-def train_losses(
-    world: World, runs: list[tuple[int, int]], steps: int, case: Case = DROPPING
-) -> list[tuple[list[float], list[str]]]:
-    """Steps of DeepSpeed in fp32 for each (ZeRO stage, number of micro-batches): total losses (means over ranks), and what
-    was said of the steps that were skipped: in one, the first image of each of rank 1's micro-batches becomes NaN."""
-    config, results = model_config(case.image, case.text, case.fusion, bool(case.losses.captioning)), []
+class Run(NamedTuple):
+    """How DeepSpeed trains."""
+
+    zero_stage: int
+    micro_batches: int
+    precision: str = "fp32"
+    offload: str = "none"
+
+
+def train_losses(world: World, runs: list[Run], steps: int, case: Case) -> list[tuple[list[float], list[str]]]:
+    """Steps of DeepSpeed for each run: total losses (means over ranks), and what was said of the steps that were skipped:
+    in one, the first image of each of rank 1's micro-batches becomes NaN."""
+    config, results = model_config(case), []
     teacher = build_teacher(config, torch.float32) if case.losses.distill else None
-    for stage, micro_batches in runs:
-        settings = EngineConfig(zero_stage=stage, precision="fp32", lr=1e-3, warmup_steps=3)
+    for run in runs:
+        settings = EngineConfig(
+            zero_stage=run.zero_stage, precision=run.precision, offload=run.offload, lr=1e-3, warmup_steps=3
+        )
         model = build_model(config, TOKENIZER, 0, world).train()
         engine = build_engine(model, settings, GLOBAL_BATCH, world)
         losses, skipped = [], []
@@ -296,13 +310,13 @@ def train_losses(
             batch = make_batch(config, step, world)
             spoil = step == BAD_STEP and world.rank == 1
             hook = model.image_tower.register_forward_hook(spoil_first_row) if spoil else None
-            size = len(batch.ids) // micro_batches
+            size = len(batch.ids) // run.micro_batches
             values, output = compute_gradients(engine, batch, case.losses, step, size, world, teacher)
             if hook:
                 hook.remove()
             applied = apply_gradients(engine)
             try:
-                BadSteps(1, "fp32", world).check(step, applied, batch, values, output)
+                BadSteps(1, run.precision, world).check(step, applied, batch, values, output)
             except UserError as error:
                 skipped.append(str(error))
             losses.append(world.mean(values["total"]).item())
@@ -317,9 +331,9 @@ def spoil_first_row(module: torch.nn.Module, arguments: tuple, tower: Tower) -> 
     return Tower(tower.tokens, pooled)
 
 
-def plain_losses(steps: int, case: Case = DROPPING) -> list[float]:
-    """The same in plain PyTorch: one process, the whole batch at once, no update in the bad step."""
-    config = model_config(case.image, case.text, case.fusion, bool(case.losses.captioning))
+def plain_losses(steps: int, case: Case) -> list[float]:
+    """The same in plain PyTorch: one process, the whole batch at once, fp32, no update in the bad step."""
+    config = model_config(case)
     settings = EngineConfig(precision="fp32", lr=1e-3, warmup_steps=3)
     teacher = build_teacher(config, torch.float32) if case.losses.distill else None
     model = build_model(config, TOKENIZER, 0).train()

@@ -1,6 +1,6 @@
 """However a global batch is spread over ranks and micro-batches: the losses and every gradient are those of one process.
 
-Dropout and patch dropout are on, and so is every loss.
+Dropout and patch dropout are on, and so is every loss that the fusion can have.
 """
 
 import numpy as np
@@ -11,16 +11,26 @@ from ranks import run_on_ranks
 
 from pretrain.world import World
 
-MICRO_BATCHES = (1, 2, 4)
-RANKS = (1, 2, 4)
-TOWERS_OF_CLIP = Case(text="clip", losses=parity.LOSSES)
-CASES = [(Case(), count) for count in MICRO_BATCHES] + [(TOWERS_OF_CLIP, 2)]
+COUNTS = (1, 2, 4)  # of ranks, and of micro-batches
+NO_CAPTIONS = parity.ALL_LOSSES.model_copy(update={"captioning": None})
+CASES = {
+    "med": Case(),
+    "shared": Case(text="clip", fusion="shared"),
+    "text_to_image": Case(text="clip", fusion="text_to_image"),
+    "both": Case(fusion="both", losses=NO_CAPTIONS),
+    "weighted": Case(fusion="weighted", losses=NO_CAPTIONS),
+    "image_to_text": Case(fusion="image_to_text", losses=parity.PAIR_LOSSES),
+}
+RUNS = [(case, count) for case in CASES.values() for count in COUNTS]
+
+
+def compute(world: World) -> tuple[list, tuple]:
+    return parity.all_losses_and_gradients(world, RUNS), parity.gather_tokens(world, parity.GATHERED)
 
 
 @pytest.fixture(scope="module")
-def results() -> dict[int, list]:
-    found = {ranks: run_on_ranks(parity.all_losses_and_gradients, ranks, CASES)[0] for ranks in RANKS[1:]}
-    return found | {1: parity.all_losses_and_gradients(World(), CASES)}
+def results() -> dict[int, tuple[list, tuple]]:
+    return {1: compute(World())} | {ranks: run_on_ranks(compute, ranks)[0] for ranks in COUNTS[1:]}
 
 
 def assert_equal(found: tuple[dict, dict], expected: tuple[dict, dict]) -> None:
@@ -30,21 +40,21 @@ def assert_equal(found: tuple[dict, dict], expected: tuple[dict, dict]) -> None:
             np.testing.assert_allclose(values[name], wanted[name], rtol=0, atol=1e-10, err_msg=name)
 
 
-@pytest.mark.parametrize("ranks", RANKS)
-@pytest.mark.parametrize("case", range(len(MICRO_BATCHES)), ids=[f"{count}-micro-batches" for count in MICRO_BATCHES])
-def test_ranks_and_micro_batches_change_nothing(results: dict[int, list], ranks: int, case: int) -> None:
-    whole = results[1][0]
-    assert set(whole[0]) == {"contrastive", "sigmoid", "matching", "total"}
-    assert all(np.abs(whole[1][name]).max() > 1e-6 for name in ("logit_scale.log_scale", "logit_bias.bias"))
-    assert_equal(results[ranks][case], whole)
+@pytest.mark.parametrize("ranks", COUNTS)
+@pytest.mark.parametrize("micro_batches", COUNTS)
+@pytest.mark.parametrize("fusion", CASES)
+def test_ranks_and_micro_batches_change_nothing(results: dict, ranks: int, micro_batches: int, fusion: str) -> None:
+    case = CASES[fusion]
+    whole = results[1][0][RUNS.index((case, 1))]
+    assert set(whole[0]) == {name for name, loss in case.losses if loss} | {"total"}
+    assert all(value > 0.01 for value in whole[0].values())
+    moved = {name for name, gradient in whole[1].items() if np.abs(gradient).max() > 1e-6}
+    heads = {"captioning": "caption_head.bias", "masked_language": "masked_head.bias", "matching": "match_head.weight"}
+    assert {"logit_scale.log_scale", "logit_bias.bias"} <= moved
+    assert {weight for loss, weight in heads.items() if getattr(case.losses, loss)} <= moved
+    assert_equal(results[ranks][0][RUNS.index((case, micro_batches))], whole)
 
 
-@pytest.mark.parametrize("ranks", RANKS[1:])
-def test_other_towers_too(results: dict[int, list], ranks: int) -> None:
-    assert_equal(results[ranks][3], parity.losses_and_gradients(World(), TOWERS_OF_CLIP, 1))
-
-
-@pytest.mark.parametrize("ranks", RANKS)
-def test_gathering_all_tokens_is_the_same(results: dict[int, list], ranks: int) -> None:
-    assert_equal(results[ranks][0], results[ranks][-1])
-    assert_equal(results[ranks][-1], results[1][0])
+@pytest.mark.parametrize("ranks", COUNTS)
+def test_gathering_all_tokens_is_the_same(results: dict, ranks: int) -> None:
+    assert_equal(results[ranks][1], parity.losses_and_gradients(World(), parity.GATHERED, 1))

@@ -1,5 +1,7 @@
 """Blocks of columns give what the whole matrix gives; weights follow their ramp; bad steps are counted and named."""
 
+import weakref
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
@@ -79,6 +81,11 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
+@dataclass(eq=False)
+class Saved:
+    tensor: torch.Tensor
+
+
 @pytest.mark.parametrize("positives", ["own", "masked"])
 def test_no_loss_holds_more_than_a_block(positives: str) -> None:
     rows, chunk, captions = 128, 32, 2
@@ -87,15 +94,16 @@ def test_no_loss_holds_more_than_a_block(positives: str) -> None:
         contrastive=ContrastiveConfig(chunk=chunk, positives=positives),
         sigmoid=SigmoidConfig(chunk=chunk, positives=positives),
     )
-    kept = {}  # for the backward pass
+    saved = weakref.WeakSet()
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.data_ptr()] = tensor.numel()
-        return tensor
+    def pack(tensor: torch.Tensor) -> Saved:
+        saved.add(one := Saved(tensor))
+        return one
 
     with LargestTensor() as largest:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda one: one.tensor):
             loss = compute_losses(config, output, World())["total"]
+        kept = {one.tensor.data_ptr(): one.tensor.numel() for one in saved}  # for the backward pass
         assert sum(kept.values()) < rows * rows  # one matrix of similarities, or all its blocks
         loss.backward()
     assert rows * chunk <= largest.elements <= rows * chunk * captions

@@ -84,7 +84,7 @@ def draw_pixels(rows: int = 3) -> Tensor:
 
 
 def draw_texts(rows: int = 3) -> tuple[Tensor, Tensor]:
-    batch = parity.make_batch(parity.model_config("vit", "clip"), 0, World())
+    batch = parity.make_batch(parity.model_config(parity.Case("vit", "clip", "cross", parity.LOSSES)), 0, World())
     ids, mask = batch.ids[:rows].clone(), batch.mask[:rows].clone()
     ids[1, 5:], mask[1, 5:] = 0, False
     ids[1, 4] = parity.VOCAB_SIZE - 1
@@ -230,7 +230,7 @@ def test_blocks_are_found_in_every_tower() -> None:
 
 
 def loss_of(model: ImageTextModel) -> Tensor:
-    batch = parity.make_batch(parity.model_config("vit", "clip"), 0, World())
+    batch = parity.make_batch(parity.model_config(parity.Case("vit", "clip", "cross", parity.LOSSES)), 0, World())
     output = model(batch)
     return (output.image_embed * output.text_embed).sum() + output.match_logits.sin().sum()
 
@@ -343,7 +343,9 @@ def train_at_stages(world: World) -> dict[str, list[list[float]]]:
             losses = []
             for step in range(3):
                 set_learning_rate(engine, 1e-3)
-                batch = parity.make_batch(parity.model_config("vit", "clip"), step, world)
+                batch = parity.make_batch(
+                    parity.model_config(parity.Case("vit", "clip", "cross", parity.LOSSES)), step, world
+                )
                 loss = compute_losses(parity.LOSSES, engine(batch), world)["total"]
                 engine.backward(loss)
                 engine.step()

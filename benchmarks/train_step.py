@@ -28,11 +28,13 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from data_tools.errors import UserError, run_command
+from pretrain.accumulate import compute_gradients
 from pretrain.config import check_config
 from pretrain.contract import Batch
 from pretrain.data.text import build_tokenizer
-from pretrain.engine import EngineConfig, build_engine, learning_rate, set_learning_rate
-from pretrain.losses import ContrastiveConfig, LossesConfig, MatchingConfig, compute_losses
+from pretrain.engine import EngineConfig, apply_gradients, build_engine, learning_rate, set_learning_rate
+from pretrain.flops import PEAK_TFLOPS, count_flops
+from pretrain.losses import ContrastiveConfig, LossesConfig, MatchingConfig
 from pretrain.metrics import peak_memory_gib
 from pretrain.model.model import ModelConfig, build_model, normalise
 from pretrain.randomness import seed_torch
@@ -56,8 +58,6 @@ TOWERS = {
 OURS, OPEN_CLIP, MATCHING = "ours", "open_clip", "ours + matching"
 VOCAB_SIZE = 49408  # of CLIP's tokeniser; its last id ends a text
 SCHEDULE_STEPS = 1000
-# Dense bf16 peaks in TFLOP/s, from NVIDIA's data sheets; the first entry that the device's name holds counts.
-PEAK_TFLOPS = {"A100": 312, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989}
 
 
 def main() -> int:
@@ -165,9 +165,9 @@ def serve(name: str, options: argparse.Namespace, pipe: Connection) -> None:
     if world.device.type != options.device:
         raise UserError(f"--device {options.device}: this machine offers {world.device.type}")
     build = {OURS: build_ours, OPEN_CLIP: build_open_clip, MATCHING: partial(build_ours, matching=True)}[name]
-    parameters, step = build(options, world)
+    parameters, flops, step = build(options, world)
     device_name = torch.cuda.get_device_name(world.device) if options.device == "cuda" else "CPU"
-    pipe.send({"parameters": parameters, "device": device_name})
+    pipe.send({"parameters": parameters, "flops": flops, "device": device_name})
     done = 0
     while steps := pipe.recv():
         started_s = time.perf_counter()
@@ -214,8 +214,10 @@ def draw_batch(options: argparse.Namespace, config: ModelConfig) -> Batch:
     return batch
 
 
-def build_ours(options: argparse.Namespace, world: Any, matching: bool = False) -> tuple[int, Callable[[int], None]]:
-    """(number of parameters, the step as pretrain/train.py does it)."""
+def build_ours(
+    options: argparse.Namespace, world: Any, matching: bool = False
+) -> tuple[int, float, Callable[[int], None]]:
+    """(number of parameters, FLOPs of a sample, the step as pretrain/train.py does it)."""
     config = towers_of(options, matching)
     losses_config = LossesConfig(contrastive=ContrastiveConfig(), matching=MatchingConfig() if matching else None)
     engine_config = EngineConfig(
@@ -224,21 +226,21 @@ def build_ours(options: argparse.Namespace, world: Any, matching: bool = False) 
     host_batch = draw_batch(options, config)
     model = build_model(config, build_tokenizer(config.tokenizer, config.text.context_length), 0, world).train()
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    flops = count_flops(model, losses_config)
     engine = build_engine(model, engine_config, options.batch_size, world)
 
     def step(number: int) -> None:
         batch = host_batch.to(world.device)
         set_learning_rate(engine, learning_rate(engine_config, number, SCHEDULE_STEPS))
         seed_torch(0, number, world.rank)
-        losses = compute_losses(losses_config, engine(batch), world)
-        engine.backward(losses["total"])
-        engine.step()
+        compute_gradients(engine, batch, losses_config, number, None, world)
+        apply_gradients(engine)
 
-    return parameters, step
+    return parameters, flops, step
 
 
-def build_open_clip(options: argparse.Namespace, world: Any) -> tuple[int, Callable[[int], None]]:
-    """(number of parameters, the step as open_clip_train/train.py does it with --precision amp_bf16 or fp32)."""
+def build_open_clip(options: argparse.Namespace, world: Any) -> tuple[int, None, Callable[[int], None]]:
+    """(number of parameters, FLOPs that are ours too, the step as open_clip_train/train.py does it with --precision amp_bf16 or fp32)."""
     prepare_torchvision()
     import math
     from contextlib import nullcontext
@@ -290,34 +292,7 @@ def build_open_clip(options: argparse.Namespace, world: Any) -> tuple[int, Calla
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))
 
-    return sum(parameter.numel() for _, parameter in named), step
-
-
-def transformer_flops(tokens: int, width: int, layers: int, mlp_ratio: float) -> float:
-    """Forward FLOPs of self-attention blocks: projections 8 D^2 a token, MLP 4 r D^2, scores and values 4 N D."""
-    return layers * tokens * ((8 + 4 * mlp_ratio) * width**2 + 4 * tokens * width)
-
-
-def train_flops(config: ModelConfig) -> float:
-    """FLOPs of one sample's training step: 3 times the forward matrix products of towers, projections and fusion.
-
-    Equal to what torch.utils.flop_counter counts for the model, without the similarities of the contrastive loss.
-    """
-    image, text, fusion = config.image, config.text, config.fusion
-    patches = (image.image_size // image.patch_size) ** 2
-    patch_embedding = 2 * patches * 3 * image.patch_size**2 * image.width
-    forward = patch_embedding
-    forward += transformer_flops(patches + 1, image.width, image.layers, image.mlp_ratio)  # and the class token
-    forward += transformer_flops(text.context_length, text.width, text.layers, text.mlp_ratio)
-    forward += 2 * (image.width + text.width) * config.embed_dim
-    if fusion:
-        length, width = text.context_length, fusion.width
-        # Cross-attention: query, gate and output of the text; keys and values of the image; scores and their sums.
-        cross = 6 * length * width**2 + 4 * patches * image.width * width + 4 * length * patches * width
-        pair = 2 * length * text.width * width + fusion.layers * cross
-        pair += transformer_flops(length, width, fusion.layers, fusion.mlp_ratio)
-        forward += 3 * pair  # the true pair and the two hard ones
-    return 3 * forward - patch_embedding  # pixels need no gradient
+    return sum(parameter.numel() for _, parameter in named), None, step
 
 
 def find_peak_tflops(options: argparse.Namespace, device_name: str) -> float | None:
@@ -343,7 +318,7 @@ def render(
         f"{'':<18}{'samples/s':>10}{'slowest':>9}{'fastest':>9}{'peak GiB':>10}{'GFLOP/sample':>14}{'MFU %':>7}",
     ]
     for name, values in rates.items():
-        flops = train_flops(towers_of(options, matching=name == MATCHING))
+        flops = facts[name]["flops"] or facts[OURS]["flops"]
         median = statistics.median(values)
         used = f"{100 * median * flops / (peak_tflops * 1e12):7.1f}" if peak_tflops else f"{'-':>7}"
         line = f"{name:<18}{median:10.1f}{min(values):9.1f}{max(values):9.1f}{peaks[name]:10.2f}{flops / 1e9:14.2f}"

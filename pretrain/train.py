@@ -32,6 +32,7 @@ from pretrain.engine import (
     learning_rate,
     set_learning_rate,
 )
+from pretrain.flops import count_flops, peak_tflops, utilisation
 from pretrain.losses import LOSSES, LossesConfig
 from pretrain.metrics import Clock, Metrics, peak_memory_gib
 from pretrain.model.model import ModelConfig, build_model
@@ -129,6 +130,8 @@ def train(config: RunConfig, world: World) -> int:
         teacher = build_teacher(config.losses.distill, tokenizer, config.model.embed_dim, world.device, dtype)
     if not newest:
         warm_start(model, config.model.warm_start, world)
+    peak = peak_tflops(world.device)
+    flops = count_flops(model, config.losses) if peak else 0.0
     engine = build_engine(model, config.engine, batch_size, world)
     step = restore(engine, loader, *newest) if newest else 0
     steps = config.train.steps(loader.supply.epoch_samples)
@@ -157,7 +160,10 @@ def train(config: RunConfig, world: World) -> int:
         metrics.step_done()
         stopping = world.any(stop.requested)
         if step % config.train.log_every_steps == 0 or step in (1, steps):
-            metrics.log(step, measure(engine, losses, loader, bad_steps, world) | clock.rates(batch_size))
+            values = measure(engine, losses, loader, bad_steps, world) | clock.rates(batch_size)
+            if peak:
+                values |= utilisation(flops, values["rate/samples_per_s"], peak, world)
+            metrics.log(step, values)
         if step % config.train.checkpoint_every_steps == 0 or step == steps or stopping:
             state = run_state(config, loader, step, world)
             checkpoint.save(engine, config.run, step, state, config.train.keep_checkpoints, world)

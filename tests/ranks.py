@@ -17,10 +17,12 @@ TIMEOUT_S = 240
 
 def run_on_ranks(function: Callable[..., Any], ranks: int, *arguments: Any) -> list[Any]:
     """`[function(world, *arguments) of rank 0, of rank 1, ...]`. The function is importable; a failure raises here."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["imported"])  # once, for all ranks of all tests
     with tempfile.TemporaryDirectory() as folder:
         queue = context.Queue()
-        call = (ranks, os.path.join(folder, "rendezvous"), queue, function, arguments)
+        environment = dict(os.environ) | {"GLOO_SOCKET_IFNAME": "lo"}  # the server has that of its first call
+        call = (ranks, os.path.join(folder, "rendezvous"), environment, queue, function, arguments)
         processes = [context.Process(target=be_rank, args=(rank, *call), daemon=True) for rank in range(ranks)]
         for process in processes:
             process.start()
@@ -39,9 +41,16 @@ def run_on_ranks(function: Callable[..., Any], ranks: int, *arguments: Any) -> l
 
 
 def be_rank(
-    rank: int, ranks: int, rendezvous: str, queue: Any, function: Callable[..., Any], arguments: tuple[Any, ...]
+    rank: int,
+    ranks: int,
+    rendezvous: str,
+    environment: dict[str, str],
+    queue: Any,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
 ) -> None:
-    os.environ.update(GLOO_SOCKET_IFNAME="lo", RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank))
+    os.environ.clear()
+    os.environ.update(environment, RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
     try:
         dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=ranks)

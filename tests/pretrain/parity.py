@@ -171,8 +171,15 @@ def build_teacher(config: ModelConfig, dtype: torch.dtype) -> Callable[[Batch], 
 
 
 def averages(world: World, model: torch.nn.Module, losses: dict[str, torch.Tensor]) -> tuple[dict, dict]:
-    means = {name: world.mean(loss).item() for name, loss in losses.items()}
-    gradients = {name: world.mean(p.grad).numpy() for name, p in model.named_parameters() if p.grad is not None}
+    """Means over the ranks, of all in one collective; running statistics of batch normalisation as they are."""
+    named = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    parts = [part.detach().reshape(-1) for part in (*losses.values(), *named.values())]
+    mean = world.mean(torch.cat(parts)).split([len(part) for part in parts])
+    means = {name: value.item() for name, value in zip(losses, mean, strict=False)}
+    gradients = {
+        name: value.view_as(grad).numpy()
+        for (name, grad), value in zip(named.items(), mean[len(losses) :], strict=True)
+    }
     buffers = {name: buffer.numpy() for name, buffer in model.named_buffers() if "running" in name}
     return means, gradients | buffers
 

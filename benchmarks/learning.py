@@ -73,7 +73,9 @@ def train_and_evaluate(options: argparse.Namespace, name: str, seed: int) -> Non
         [*evaluate, "--json", str(run / "retrieval.json")],
     ):
         if code := run_ranks(arguments, options.ranks):
-            raise UserError(f"{name}, seed {seed}: '{arguments[0]}' ended with exit code {code}; its messages are above")
+            raise UserError(
+                f"{name}, seed {seed}: '{arguments[0]}' ended with exit code {code}; its messages are above"
+            )
 
 
 def render(options: argparse.Namespace) -> str:

@@ -36,6 +36,7 @@ from pretrain.losses import LOSSES, LossesConfig
 from pretrain.metrics import Clock, Metrics, peak_memory_gib
 from pretrain.model.model import ModelConfig, build_model
 from pretrain.model.warm_start import warm_start
+from pretrain.momentum import Momentum
 from pretrain.randomness import seed_torch
 from pretrain.signals import StopRequest
 from pretrain.world import World
@@ -130,7 +131,10 @@ def train(config: RunConfig, world: World) -> int:
     if not newest:
         warm_start(model, config.model.warm_start, world)
     engine = build_engine(model, config.engine, batch_size, world)
-    step = restore(engine, loader, *newest) if newest else 0
+    step, extra = restore(engine, loader, *newest) if newest else (0, {})
+    momentum = None
+    if config.losses.momentum:
+        momentum = Momentum(config.losses.momentum, config.model, tokenizer, engine, world, extra)
     steps = config.train.steps(loader.supply.epoch_samples)
     if world.is_main:
         describe_run(config)
@@ -148,8 +152,11 @@ def train(config: RunConfig, world: World) -> int:
         set_learning_rate(engine, learning_rate(config.engine, step, steps))
         seed_torch(config.seed, step, world.rank)
         micro_batch_size = config.train.micro_batch_size
-        losses, output = compute_gradients(engine, batch, config.losses, step, micro_batch_size, world, teacher)
+        beside = (teacher, momentum)
+        losses, output = compute_gradients(engine, batch, config.losses, step, micro_batch_size, world, *beside)
         applied = apply_gradients(engine)
+        if momentum and applied:
+            momentum.follow(output.momentum, step)
         step += 1
         bad_steps.check(step, applied, batch, losses, output)
         clock.step_done()
@@ -160,7 +167,8 @@ def train(config: RunConfig, world: World) -> int:
             metrics.log(step, measure(engine, losses, loader, bad_steps, world) | clock.rates(batch_size))
         if step % config.train.checkpoint_every_steps == 0 or step == steps or stopping:
             state = run_state(config, loader, step, world)
-            checkpoint.save(engine, config.run, step, state, config.train.keep_checkpoints, world)
+            extra = momentum.state() if momentum else {}
+            checkpoint.save(engine, config.run, step, state, config.train.keep_checkpoints, world, extra)
             clock.leave_out()
     stop.ignore()
     batches.close()
@@ -221,11 +229,11 @@ def find_checkpoint(config: RunConfig, world: World) -> tuple[Path, dict[str, An
     return existing
 
 
-def restore(engine: Any, loader: Loader, folder: Path, state: dict[str, Any]) -> int:
-    """Put engine and loader where the checkpoint was taken; returns the number of steps done. Collective."""
-    checkpoint.restore(engine, folder)
+def restore(engine: Any, loader: Loader, folder: Path, state: dict[str, Any]) -> tuple[int, dict[str, torch.Tensor]]:
+    """Put engine and loader where the checkpoint was taken; returns the steps done, and what was saved beside. Collective."""
+    extra = checkpoint.restore(engine, folder)
     loader.restore(state["loader"])
-    return state["step"]
+    return state["step"], extra
 
 
 def run_identity(config: RunConfig, world: World) -> dict[str, Any]:

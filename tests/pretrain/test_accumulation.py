@@ -34,7 +34,7 @@ def assert_equal(found: tuple[dict, dict], expected: tuple[dict, dict]) -> None:
 @pytest.mark.parametrize("case", range(len(MICRO_BATCHES)), ids=[f"{count}-micro-batches" for count in MICRO_BATCHES])
 def test_ranks_and_micro_batches_change_nothing(results: dict[int, list], ranks: int, case: int) -> None:
     whole = results[1][0]
-    assert set(whole[0]) == {"contrastive", "sigmoid", "matching", "total"}
+    assert set(whole[0]) == {"contrastive", "sigmoid", "matching", "momentum", "total"}
     assert all(np.abs(whole[1][name]).max() > 1e-6 for name in ("logit_scale.log_scale", "logit_bias.bias"))
     assert_equal(results[ranks][case], whole)
 

@@ -42,7 +42,7 @@ def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def test_it_is_albef(positives: str) -> None:
     """float64, dropout on, and a queue that first fills up and then loses parts of batches; step 1 changes nothing."""
     settings = MomentumConfig(
-        chunk=7, positives=positives, queue_samples=40, alpha=0.6, alpha_ramp=Ramp(steps=2), decay=0.7
+        chunk=7, positives=positives, queue_samples=20, alpha=0.6, alpha_ramp=Ramp(steps=2), decay=0.7
     )
     model = build_model(DROPPING, TOKENIZER).double().train()
     engine, losses = PlainEngine(model), LossesConfig(contrastive=None, momentum=settings)
@@ -60,12 +60,12 @@ def test_it_is_albef(positives: str) -> None:
         for parameter, gradient in zip(model.parameters(), wanted, strict=True):
             if gradient is not None:
                 np.testing.assert_allclose(parameter.grad, gradient, rtol=0, atol=1e-12)
-        assert len(output.momentum.candidates.image_embed) == parity.GLOBAL_BATCH + min(40, len(albef.past))
+        assert len(output.momentum.candidates.image_embed) == parity.GLOBAL_BATCH + min(20, len(albef.past))
         if step != 1:
             optimizer.step()
             albef.follow()
             momentum.follow(output.momentum, step)
-    assert len(albef.past) > 40 and len(momentum.queue.image_embed) == 40
+    assert len(albef.past) == 48 and len(momentum.queue.image_embed) == 20
 
 
 def test_without_queue_soft_targets_and_inertia_it_is_the_contrastive_loss() -> None:

@@ -1,7 +1,7 @@
 """Checkpoints that are whole or absent: save, find, restore, prune; and the plain weights for evaluation and export.
 
 RUN/checkpoints/step_00000100/ holds DeepSpeed's sharded save (`deepspeed/`), the fp32 weights of the whole model
-(`weights.safetensors`) and `state.json`, which lists every file with its size. The folder gets its name last.
+(`weights.safetensors`), where there is more to keep `extra.safetensors`, and `state.json`, which lists every file with its size. The folder gets its name last.
 """
 
 import json
@@ -24,6 +24,7 @@ from pretrain.world import World
 log = logging.getLogger(__name__)
 
 WEIGHTS = "weights.safetensors"
+EXTRA = "extra.safetensors"
 STATE = "state.json"
 DEEPSPEED_TAG = "deepspeed"
 BYTES_PER_PARAMETER = 20  # fp32 weights, two moments and the master copy, and the 16- or 32-bit weights of the module
@@ -99,9 +100,18 @@ def copy_to_cpu(value: Tensor) -> Tensor:
     return value.detach().float().cpu().clone(memory_format=torch.contiguous_format)
 
 
-def save(engine: Any, run: str | Path, step: int, state: dict[str, Any], keep: int, world: World) -> Path:
+def save(
+    engine: Any,
+    run: str | Path,
+    step: int,
+    state: dict[str, Any],
+    keep: int,
+    world: World,
+    extra: dict[str, Tensor] | None = None,
+) -> Path:
     """Write the checkpoint of `step` (steps done so far), then remove all but the newest `keep`. Collective.
 
+    `extra`: tensors on the CPU that are no part of the model; rank 0's are kept, and `restore` returns them.
     Raises UserError when it cannot be written; earlier checkpoints are then as they were.
     """
     parent = Path(run) / "checkpoints"
@@ -110,7 +120,8 @@ def save(engine: Any, run: str | Path, step: int, state: dict[str, Any], keep: i
         parent.mkdir(parents=True, exist_ok=True)
         for unfinished in parent.glob("tmp_step_*"):  # of runs that were killed in mid-save
             shutil.rmtree(unfinished, ignore_errors=True)
-    check_free_space(engine, parent, world)
+    extra = extra or {}
+    check_free_space(engine, parent, world, sum(tensor.nbytes for tensor in extra.values()))
     if world.is_main:
         temporary.mkdir()
     world.barrier()
@@ -119,6 +130,8 @@ def save(engine: Any, run: str | Path, step: int, state: dict[str, Any], keep: i
         weights = gather_weights(engine)
         if world.is_main:
             save_file(weights, temporary / WEIGHTS)
+            if extra:
+                save_file(extra, temporary / EXTRA)
             for script in temporary.glob("zero_to_*.py"):  # DeepSpeed's converters, to make what we have just written
                 script.unlink()
         world.barrier()
@@ -134,10 +147,10 @@ def save(engine: Any, run: str | Path, step: int, state: dict[str, Any], keep: i
     return final
 
 
-def check_free_space(engine: Any, parent: Path, world: World) -> None:
+def check_free_space(engine: Any, parent: Path, world: World, extra_bytes: int) -> None:
     """Refuse to start a checkpoint that the disk cannot hold, on all ranks together."""
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
-    needed, free = BYTES_PER_PARAMETER * parameters, 0
+    needed, free = BYTES_PER_PARAMETER * parameters + extra_bytes, 0
     if world.is_main:
         free = shutil.disk_usage(parent).free
     if world.any(world.is_main and free < needed):
@@ -161,15 +174,20 @@ def finish(temporary: Path, final: Path, state: dict[str, Any]) -> None:
     sync_folder(final.parent)
 
 
-def restore(engine: Any, folder: Path) -> None:
-    """Load weights, moments and loss scale into the engine. Collective. Raises UserError for damaged files."""
+def restore(engine: Any, folder: Path) -> dict[str, Tensor]:
+    """Load weights, moments and loss scale into the engine; returns the `extra` that was saved, {} if none was. Collective.
+
+    Raises UserError for damaged files.
+    """
     try:
         loaded, _ = engine.load_checkpoint(str(folder), tag=DEEPSPEED_TAG)
-    except (OSError, RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        extra = load_file(folder / EXTRA) if (folder / EXTRA).exists() else {}
+    except (OSError, RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
         raise UserError(f"{folder}: damaged: {reason[0]}. Remove it, and the checkpoint before it is used") from error
     if loaded is None:
         raise UserError(f"{folder}: DeepSpeed cannot load it. Remove it, and the checkpoint before it is used")
+    return extra
 
 
 def check_same_run(state: dict[str, Any], now: dict[str, Any], folder: Path) -> None:

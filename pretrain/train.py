@@ -37,6 +37,7 @@ from pretrain.losses import LOSSES, LossesConfig
 from pretrain.metrics import Clock, Metrics, peak_memory_gib
 from pretrain.model.model import ModelConfig, build_model
 from pretrain.model.warm_start import warm_start
+from pretrain.momentum import Momentum
 from pretrain.randomness import seed_torch
 from pretrain.signals import StopRequest
 from pretrain.world import World
@@ -133,7 +134,10 @@ def train(config: RunConfig, world: World) -> int:
     peak = peak_tflops(world.device)
     flops = count_flops(model, config.losses) if peak else 0.0
     engine = build_engine(model, config.engine, batch_size, world)
-    step = restore(engine, loader, *newest) if newest else 0
+    step, extra = restore(engine, loader, *newest) if newest else (0, {})
+    momentum = None
+    if config.losses.momentum:
+        momentum = Momentum(config.losses.momentum, config.model, tokenizer, engine, world, extra)
     steps = config.train.steps(loader.supply.epoch_samples)
     if world.is_main:
         describe_run(config)
@@ -151,8 +155,11 @@ def train(config: RunConfig, world: World) -> int:
         set_learning_rate(engine, learning_rate(config.engine, step, steps))
         seed_torch(config.seed, step, world.rank)
         micro_batch_size = config.train.micro_batch_size
-        losses, output = compute_gradients(engine, batch, config.losses, step, micro_batch_size, world, teacher)
+        beside = (teacher, momentum)
+        losses, output = compute_gradients(engine, batch, config.losses, step, micro_batch_size, world, *beside)
         applied = apply_gradients(engine)
+        if momentum and applied:
+            momentum.follow(output.momentum, step)
         step += 1
         bad_steps.check(step, applied, batch, losses, output)
         clock.step_done()
@@ -166,7 +173,8 @@ def train(config: RunConfig, world: World) -> int:
             metrics.log(step, values)
         if step % config.train.checkpoint_every_steps == 0 or step == steps or stopping:
             state = run_state(config, loader, step, world)
-            checkpoint.save(engine, config.run, step, state, config.train.keep_checkpoints, world)
+            extra = momentum.state() if momentum else {}
+            checkpoint.save(engine, config.run, step, state, config.train.keep_checkpoints, world, extra)
             clock.leave_out()
     stop.ignore()
     batches.close()
@@ -227,11 +235,11 @@ def find_checkpoint(config: RunConfig, world: World) -> tuple[Path, dict[str, An
     return existing
 
 
-def restore(engine: Any, loader: Loader, folder: Path, state: dict[str, Any]) -> int:
-    """Put engine and loader where the checkpoint was taken; returns the number of steps done. Collective."""
-    checkpoint.restore(engine, folder)
+def restore(engine: Any, loader: Loader, folder: Path, state: dict[str, Any]) -> tuple[int, dict[str, torch.Tensor]]:
+    """Put engine and loader where the checkpoint was taken; returns the steps done, and what was saved beside. Collective."""
+    extra = checkpoint.restore(engine, folder)
     loader.restore(state["loader"])
-    return state["step"]
+    return state["step"], extra
 
 
 def run_identity(config: RunConfig, world: World) -> dict[str, Any]:

@@ -152,8 +152,9 @@ def train(config: RunConfig, world: World) -> int:
         set_learning_rate(engine, learning_rate(config.engine, step, steps))
         seed_torch(config.seed, step, world.rank)
         micro_batch_size = config.train.micro_batch_size
-        beside = (teacher, momentum)
-        losses, output = compute_gradients(engine, batch, config.losses, step, micro_batch_size, world, *beside)
+        losses, output = compute_gradients(
+            engine, batch, config.losses, step, micro_batch_size, world, teacher, momentum
+        )
         applied = apply_gradients(engine)
         if momentum and applied:
             momentum.follow(output.momentum, step)

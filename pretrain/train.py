@@ -135,6 +135,7 @@ def train(config: RunConfig, world: World) -> int:
     momentum = None
     if config.losses.momentum:
         momentum = Momentum(config.losses.momentum, config.model, tokenizer, engine, world, extra)
+    del extra  # as large as the towers
     steps = config.train.steps(loader.supply.epoch_samples)
     if world.is_main:
         describe_run(config)
@@ -168,8 +169,9 @@ def train(config: RunConfig, world: World) -> int:
             metrics.log(step, measure(engine, losses, loader, bad_steps, world) | clock.rates(batch_size))
         if step % config.train.checkpoint_every_steps == 0 or step == steps or stopping:
             state = run_state(config, loader, step, world)
-            extra = momentum.state() if momentum else {}
-            checkpoint.save(engine, config.run, step, state, config.train.keep_checkpoints, world, extra)
+            beside = momentum.state() if momentum else {}
+            checkpoint.save(engine, config.run, step, state, config.train.keep_checkpoints, world, beside)
+            del beside
             clock.leave_out()
     stop.ignore()
     batches.close()

@@ -1,7 +1,8 @@
 """Checkpoints that are whole or absent: save, find, restore, prune; and the plain weights for evaluation and export.
 
 RUN/checkpoints/step_00000100/ holds DeepSpeed's sharded save (`deepspeed/`), the fp32 weights of the whole model
-(`weights.safetensors`), where there is more to keep `extra.safetensors`, and `state.json`, which lists every file with its size. The folder gets its name last.
+(`weights.safetensors`), where there is more to keep `extra.safetensors`, and `state.json`, which lists every file with its
+size. The folder gets its name last.
 """
 
 import json
@@ -112,6 +113,7 @@ def save(
     """Write the checkpoint of `step` (steps done so far), then remove all but the newest `keep`. Collective.
 
     `extra`: tensors on the CPU that are no part of the model; rank 0's are kept, and `restore` returns them.
+
     Raises UserError when it cannot be written; earlier checkpoints are then as they were.
     """
     parent = Path(run) / "checkpoints"

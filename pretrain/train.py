@@ -138,6 +138,7 @@ def train(config: RunConfig, world: World) -> int:
     momentum = None
     if config.losses.momentum:
         momentum = Momentum(config.losses.momentum, config.model, tokenizer, engine, world, extra)
+    del extra  # as large as the towers
     steps = config.train.steps(loader.supply.epoch_samples)
     if world.is_main:
         describe_run(config)
@@ -155,8 +156,9 @@ def train(config: RunConfig, world: World) -> int:
         set_learning_rate(engine, learning_rate(config.engine, step, steps))
         seed_torch(config.seed, step, world.rank)
         micro_batch_size = config.train.micro_batch_size
-        beside = (teacher, momentum)
-        losses, output = compute_gradients(engine, batch, config.losses, step, micro_batch_size, world, *beside)
+        losses, output = compute_gradients(
+            engine, batch, config.losses, step, micro_batch_size, world, teacher, momentum
+        )
         applied = apply_gradients(engine)
         if momentum and applied:
             momentum.follow(output.momentum, step)
@@ -173,8 +175,9 @@ def train(config: RunConfig, world: World) -> int:
             metrics.log(step, values)
         if step % config.train.checkpoint_every_steps == 0 or step == steps or stopping:
             state = run_state(config, loader, step, world)
-            extra = momentum.state() if momentum else {}
-            checkpoint.save(engine, config.run, step, state, config.train.keep_checkpoints, world, extra)
+            beside = momentum.state() if momentum else {}
+            checkpoint.save(engine, config.run, step, state, config.train.keep_checkpoints, world, beside)
+            del beside
             clock.leave_out()
     stop.ignore()
     batches.close()

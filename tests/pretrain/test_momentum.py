@@ -272,3 +272,16 @@ def test_frozen_towers() -> None:
     model.requires_grad_(False)
     with pytest.raises(ConfigError, match="both towers are frozen"):
         Momentum(settings, CONFIG, TOKENIZER, PlainEngine(model), World(), {})
+
+
+def test_statistics_of_batch_normalisation_are_the_models() -> None:
+    config, losses = parity.model_config("resnet", "clip"), LossesConfig(momentum=MomentumConfig())
+    model = build_model(config, TOKENIZER).train()
+    momentum = Momentum(losses.momentum, config, TOKENIZER, PlainEngine(model), World(), weights_of(model))
+    batch = make_batch(config, 0, World())
+    _, output = compute_gradients(PlainEngine(model), batch, losses, 0, None, World(), None, momentum)
+    buffers = {name: value for name, value in model.named_buffers() if "running" in name}
+    averaged = dict(momentum.towers.named_buffers())
+    assert buffers and not any(torch.equal(averaged[name], value) for name, value in buffers.items())
+    momentum.follow(output.momentum, 0)
+    assert all(torch.equal(averaged[name], value) for name, value in buffers.items())

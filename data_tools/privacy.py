@@ -205,7 +205,10 @@ def _load_boxes(path: Path, keys: list[str]) -> dict[str, list[Box]]:
     filters = [("key", ">=", first), ("key", "<=", last)]
     boxes: dict[str, list[Box]] = {}
     wanted = set(keys)
-    for row in pyarrow.parquet.read_table(path, columns=list(_BOX_COLUMNS), filters=filters).to_pylist():
+    table = pyarrow.parquet.read_table(
+        path, columns=list(_BOX_COLUMNS), filters=filters, use_threads=False, pre_buffer=False
+    )
+    for row in table.to_pylist():
         if row["key"] not in wanted:
             continue
         sides = [row[name] for name in _BOX_COLUMNS[1:]]

@@ -270,7 +270,7 @@ class Manifest:
             if shard.name in names:
                 with contextlib.suppress(OSError, pyarrow.ArrowException):  # told where that shard itself is read
                     sidecar = pyarrow.BufferReader(self.indexes.read(sidecar_name(shard.name)))
-                    table = pyarrow.parquet.read_table(sidecar, columns=["source"])
+                    table = pyarrow.parquet.ParquetFile(sidecar, pre_buffer=False).read(["source"], use_threads=False)
                     last |= dict.fromkeys(table.column("source").to_pylist(), number)
         return last
 

@@ -414,7 +414,9 @@ def _read_rows(task: _Task, findings: _Findings) -> list[dict[str, Any]] | None:
     if name not in task.names:
         return None
     try:
-        table = pyarrow.parquet.read_table(pyarrow.BufferReader(task.indexes.read(name)))
+        # Not read_table: threads of its scanner may still run when the process ends, and abort it.
+        file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(task.indexes.read(name)), pre_buffer=False)
+        table = file.read(use_threads=False)
         rows = [row for row in table.to_pylist() if row["status"] == "success"]
         keys = [str(row["key"]) for row in rows]
     except MemoryError:

@@ -275,7 +275,10 @@ def test_frozen_towers() -> None:
 
 
 def test_statistics_of_batch_normalisation_are_the_models() -> None:
-    config, losses = parity.model_config(Case("resnet", "clip", "cross", parity.LOSSES)), LossesConfig(momentum=MomentumConfig())
+    config, losses = (
+        parity.model_config(Case("resnet", "clip", "cross", parity.LOSSES)),
+        LossesConfig(momentum=MomentumConfig()),
+    )
     model = build_model(config, TOKENIZER).train()
     momentum = Momentum(losses.momentum, config, TOKENIZER, PlainEngine(model), World(), weights_of(model))
     batch = make_batch(config, 0, World())

@@ -193,8 +193,9 @@ def as_rank(function) -> int:
     """Join the job, run `function(world)`, leave the job.
 
     A user's mistake is mostly found by all ranks at once. Rank 0 tells it; the others wait, to be ended with it, and
-    speak only if they are still there. So do those that lose a rank which has something to tell.
+    speak only if they are still there. So do those that lose a rank which has something to tell: a restart may help them.
     """
+    from pretrain.signals import EXIT_RESTART
     from pretrain.world import connect, disconnect, is_lost_connection
 
     world = connect()
@@ -208,7 +209,8 @@ def as_rank(function) -> int:
         if not is_lost_connection(error):
             raise
         time.sleep(LOST_SPEAK_AFTER_S)
-        raise UserError("another rank has ended; what it says of that is in its own output") from None
+        print("error: another rank has ended; what it says of that is in its own output", file=sys.stderr, flush=True)
+        return EXIT_RESTART
     finally:
         disconnect()
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from data_tools.errors import UserError
 from pretrain.__main__ import main
 from pretrain.config import ConfigError, load_config
-from pretrain.train import RunConfig, TrainConfig, check_micro_batches, find_checkpoint
+from pretrain.train import RunConfig, check_micro_batches, find_checkpoint
 from pretrain.world import World
 
 STEPS = 8

@@ -183,7 +183,7 @@ def gradient_norm(engine: Any) -> float:
 
     Infinite if one of them is not finite.
     """
-    from deepspeed.runtime.zero.utils import combine_grad_norm_groups
+    from deepspeed.runtime.utils import combine_grad_norm_groups
 
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
     scale = optimizer.cur_scale if engine.fp16_enabled() else 1.0

@@ -207,7 +207,7 @@ def train_steps(config: RunConfig, life: Life, world: World) -> int:
             clock.leave_out()
         else:
             saver.poll()
-    saver.finish()
+    saver.close()
     batches.close()
     metrics.close()
     return life.end(step, steps)
@@ -265,7 +265,7 @@ def size_of(engine: Any) -> str:
 
 def find_checkpoint(config: RunConfig, world: World) -> checkpoint.Found | None:
     """The checkpoint to go on from, the same on every rank. Raises UserError if this config does not fit it. Collective."""
-    found = checkpoint.find_newest(config.run, world)
+    found = checkpoint.find_newest(config.run, world, config.checkpoint.target)
     if found is None:
         return None
     if config.train.resume == "never":

@@ -84,8 +84,8 @@ class Watch:
             if self.last_step_s is not None:
                 self.step_s.append(now_s - self.last_step_s)
             self.last_step_s = now_s
-        elif step != self.step or phase in ("save", "evaluate"):
-            self.last_step_s = None  # what comes next is not the time of one step
+        elif step != self.step or self.phase in ("save", "evaluate"):  # what went before was no part of a step
+            self.last_step_s = now_s
         self.phase, self.step, self.since_s, self.since_time = phase, step, now_s, time.time()
 
     def limit_s(self) -> float:

@@ -26,6 +26,7 @@ from torch import Tensor
 from data_tools.errors import UserError
 from data_tools.files import hash_file, sync_folder, write_json_atomic
 from pretrain.checkpoint import elastic
+from pretrain.checkpoint.mirror import Mirror, fetch_newest
 from pretrain.config import ConfigModel, Count
 from pretrain.world import World
 
@@ -47,6 +48,9 @@ class CheckpointConfig(ConfigModel):
     # A folder on a disk or in a memory (/dev/shm) of each node's own. Shards are written there first, and brought to the run
     # folder while training goes on.
     staging: str | None = None
+    # A URL that fsspec knows, or a path: each checkpoint is copied there too, in the background, and taken from there where the
+    # run folder has none.
+    target: str | None = None
 
 
 class Found(NamedTuple):
@@ -113,11 +117,15 @@ def verify(folder: Path, world: World) -> tuple[dict[str, Any] | None, str]:
     return (None, problem) if problem else (state, "")
 
 
-def find_newest(run: str | Path, world: World) -> Found | None:
+def find_newest(run: str | Path, world: World, target: str | None = None) -> Found | None:
     """The newest checkpoint whose every byte is as it was saved, or None when there is no checkpoint at all. Collective.
 
-    Raises UserError when there are checkpoints but none is whole.
+    Where the run folder has none, that of `target` (see mirror.py) is fetched.
+    Raises UserError when there are checkpoints but none is whole, or the target cannot be read.
     """
+    with all_or_none(Path(run), world):
+        if target and world.is_main and not folders(run):
+            fetch_newest(target, Path(run) / "checkpoints")
     found = world.share(folders(run) if world.is_main else None)
     passed_over = []
     for folder in reversed(found):
@@ -196,6 +204,7 @@ class Saver:
         name = hashlib.sha256(str(self.run.resolve()).encode()).hexdigest()[:16]  # of this run among those of the node
         self.staging = Path(config.staging) / f"pretrain-{name}" if config.staging else None
         self.pending: Pending | None = None
+        self.mirror = Mirror(config.target, self.keep) if config.target and world.is_main else None
 
     def save(self, step: int, state: dict[str, Any], extra: dict[str, Tensor] | None = None) -> None:
         """Write the checkpoint of `step` (steps done so far); by way of a staging folder, begin to. Collective.
@@ -266,7 +275,15 @@ class Saver:
                 finish(pending.temporary, final, pending.state, facts)
                 prune(self.run, self.keep)
         stall_s = pending.stall_s + time.perf_counter() - started_s
+        if self.mirror:
+            self.mirror.push(final)
         self.on_saved(Saved(final, pending.step, sum(fact["bytes"] for fact in facts.values()), stall_s))
+
+    def close(self) -> None:
+        """Wait for all that is under way, copies included. Collective."""
+        self.finish()
+        if self.mirror:
+            self.mirror.finish()
 
 
 class Saved(NamedTuple):

@@ -3,14 +3,33 @@
 import json
 import os
 import random
+import resource
+import shutil
 import signal
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
-from lives import LifeOfRun, arguments, assert_same_run, copy_run, events_of, keys_of, losses_of, weights_of
+import torch
+from lives import (
+    LifeOfRun,
+    arguments,
+    assert_same_run,
+    copy_run,
+    events_of,
+    keys_of,
+    losses_of,
+    run_in_ranks,
+    weights_of,
+)
+from paths import TINY
+from safetensors.torch import load_file
 
+from data_tools.errors import UserError
 from pretrain import checkpoint
+from pretrain.__main__ import main
+from pretrain.checkpoint.mirror import Mirror
 from pretrain.world import World
 
 STEPS = 8
@@ -188,3 +207,173 @@ class StopAfter:
             return plain(life)
 
         Life.asks = asks
+
+
+def resave(shards: Path, out: Path, source: Path | None, stage: int, precision: str, rank: int, ranks: int) -> None:
+    """In each rank: an engine of this layout, restored from `source` or after two updates of its own, saved to `out`."""
+    from pretrain.config import load_config
+    from pretrain.engine import build_engine
+    from pretrain.model.model import build_model
+    from pretrain.train import RunConfig, build_tokenizer, run_identity
+    from pretrain.world import connect
+
+    world = connect()
+    overrides = [f"engine.zero_stage={stage}", f"engine.precision={precision}", "train.batch_size=12"]
+    config = load_config(TINY, [f"run={out}", f"data.path={shards / 'train'}", *overrides], RunConfig)
+    tokenizer = build_tokenizer(config.model.tokenizer, config.model.text.context_length)
+    engine = build_engine(build_model(config.model, tokenizer, 0, world), config.engine, 12, world)
+    identity = run_identity(config, world)
+    if source:
+        found = checkpoint.find_newest(source, world)
+        checkpoint.restore(engine, found.folder, found.state, identity)
+    else:
+        for _ in range(2):
+            engine.backward(
+                sum((p.float() ** 2).sum() * 1e-3 * (1 + n) for n, p in enumerate(engine.module.parameters()))
+            )
+            engine.step()
+    saver = checkpoint.Saver(engine, out, checkpoint.CheckpointConfig(), world)
+    saver.save(2, {"step": 2, "config": {}, "versions": {}, **identity})
+
+
+def moments_of(run: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], float]:
+    out = run.parent / f"{run.name}-whole"
+    assert main(["checkpoint", "consolidate", str(run), "--out", str(out)]) == 0
+    updates = json.loads((out / "state.json").read_text())["updates"]
+    return load_file(out / "weights.safetensors"), load_file(out / "moments.safetensors"), updates
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_moments_survive_any_change_of_layout(precision: str, shards: Path, tmp_path: Path) -> None:
+    """Weights, moments and the count of updates are the same numbers, to the bit, after each of these changes."""
+    layouts = [(4, 2), (2, 3), (3, 1), (1, 0), (2, 2), (1, 3), (2, 0)]
+    source, wanted = None, None
+    for number, (ranks, stage) in enumerate(layouts):
+        out = tmp_path / f"run-{number}"
+        run_in_ranks(resave, ranks, shards, out, source, stage, precision)
+        found = moments_of(out)
+        wanted = wanted or found
+        assert found[2] == wanted[2] == 2
+        for tensors, expected in zip(found[:2], wanted[:2], strict=True):
+            assert tensors.keys() == expected.keys()
+            assert all(torch.equal(tensors[name], expected[name]) for name in expected), (ranks, stage)
+        source = out
+    assert len(wanted[1]) > 100 and all(values.any() for values in wanted[1].values())
+
+
+@pytest.mark.parametrize(("ranks", "stage"), [(2, 2), (3, 3)])
+def test_moments_are_those_of_the_universal_format(ranks: int, stage: int, shards: Path, tmp_path: Path) -> None:
+    """The oracle: DeepSpeed's own conversion of the same shards, one file a parameter."""
+    from argparse import Namespace
+
+    from deepspeed.checkpoint import ds_to_universal
+
+    run_in_ranks(resave, ranks, shards, tmp_path / "run", None, stage, "fp32")
+    _, moments, _ = moments_of(tmp_path / "run")
+    shards_of_run = tmp_path / "run" / "checkpoints" / "step_00000002" / "deepspeed"
+    options = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False, "strict": True}
+    options |= {
+        "inject_missing_state": True,
+        "input_folder": str(shards_of_run),
+        "output_folder": str(tmp_path / "universal"),
+    }
+    ds_to_universal.main(Namespace(**options))
+    for name, values in moments.items():
+        moment, _, parameter = name.partition("/")
+        expected = torch.load(tmp_path / "universal" / "zero" / parameter / f"{moment}.pt", weights_only=False)
+        assert torch.equal(values, (expected["param"] if isinstance(expected, dict) else expected).view_as(values)), (
+            name
+        )
+
+
+def test_checkpoints_are_looked_after(tmp_path: Path, whole_run: Path, capfd: pytest.CaptureFixture) -> None:
+    run = copy_run(whole_run, tmp_path / "run")
+    assert main(["checkpoint", "list", str(run)]) == 0
+    first, second = capfd.readouterr().out.splitlines()
+    assert first.startswith("step_00000006  step 6") and second.endswith("2 ranks, ZeRO 2, fp32")
+    assert main(["checkpoint", "verify", str(run)]) == 0
+    (run / "checkpoints" / "step_00000006" / "weights.safetensors").write_bytes(b"")
+    assert main(["checkpoint", "verify", str(run)]) == 1
+    assert "weights.safetensors has another size" in capfd.readouterr().out
+    assert main(["checkpoint", "consolidate", str(run), "--out", str(tmp_path / "out"), "--step", "6"]) == 2
+    assert main(["checkpoint", "prune", str(run), "--keep", "1"]) == 0
+    assert [folder.name for folder in checkpoint.folders(run)] == ["step_00000008"]
+    assert main(["checkpoint", "list", str(tmp_path)]) == 2 and "holds no checkpoint" in capfd.readouterr().err
+
+
+def fill_the_disk(run: Path) -> None:
+    """From the second save on, rank 1 can write no more than the beginning of a file."""
+    if os.environ["RANK"] == "1":
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        plain = checkpoint.write_shards
+
+        def write_shards(engine, folder):
+            if checkpoint.folders(run):
+                resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+            return plain(engine, folder)
+
+        checkpoint.write_shards = write_shards
+
+
+def test_a_disk_full_in_mid_save_ends_the_run_and_loses_nothing(shards: Path, tmp_path: Path, whole_run: Path) -> None:
+    run = tmp_path / "run"
+    life = live(shards, run, hook=fill_the_disk)
+    assert life.wait(grace_s=20) == [2, 2]
+    assert life.stderr().count("cannot write the checkpoint") == 2 and "Traceback" not in life.stderr()
+    assert [folder.name for folder in checkpoint.folders(run)] == ["step_00000003"]
+    assert events_of(run, "stop")[0]["code"] == 2
+    life = live(shards, run)
+    assert life.wait() == [0, 0], life.stderr()
+    assert_same_run(run, whole_run)
+    assert not list((run / "checkpoints").glob("tmp_*"))
+
+
+def become_nobody(run: Path) -> None:
+    os.setuid(65534)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root, to become somebody who may not write")
+def test_a_folder_that_cannot_be_written_is_refused(shards: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        life = live(shards, Path(folder) / "run", ranks=1, hook=become_nobody)
+        assert life.wait() == [2]
+        assert "cannot be written: Permission denied" in life.stderr() and "Traceback" not in life.stderr()
+
+
+def test_a_save_by_way_of_staging_is_the_same_save(shards: Path, tmp_path: Path, whole_run: Path) -> None:
+    run, staging = tmp_path / "run", tmp_path / "staging"
+    life = live(shards, run, f"checkpoint.staging={staging}")
+    assert life.wait() == [0, 0], life.stderr()
+    assert_same_run(run, whole_run)
+    assert [save["step"] for save in events_of(run, "save")] == [3, 6, 8]
+    for folder in checkpoint.folders(run):
+        assert checkpoint.verify(folder, World())[0] is not None
+    assert not [path for path in staging.rglob("*") if path.is_file()]
+
+
+def test_a_target_holds_copies_and_gives_them_back(shards: Path, tmp_path: Path, whole_run: Path) -> None:
+    run, target = tmp_path / "run", tmp_path / "elsewhere" / "copies"
+    life = live(shards, run, f"checkpoint.target=file://{target}", "train.duration=8 steps", hook=StopAfter(5))
+    assert life.wait(grace_s=20) == [85, 85], life.stderr()
+    assert sorted(path.name for path in target.iterdir()) == ["step_00000003", "step_00000005"]
+    kept_metrics = (run / "metrics.jsonl").read_bytes()
+    shutil.rmtree(run)  # the disk of the run folder is gone
+    run.mkdir()
+    (run / "metrics.jsonl").write_bytes(kept_metrics)
+    life = live(shards, run, f"checkpoint.target=file://{target}")
+    assert life.wait() == [0, 0], life.stderr()
+    assert_same_run(run, whole_run)
+
+
+def test_a_target_that_is_gone_costs_a_warning_or_says_so(tmp_path: Path, whole_run: Path) -> None:
+    nowhere = tmp_path / "file"
+    nowhere.write_text("no folder")
+    mirror = Mirror(str(nowhere), checkpoint.keep_last(2))
+    mirror.push(whole_run / "checkpoints" / "step_00000008")
+    mirror.finish()  # warns
+    found = checkpoint.find_newest(whole_run, World(), str(nowhere))
+    assert found.folder.name == "step_00000008"
+    with pytest.raises(UserError, match="cannot be read|nosuch"):
+        checkpoint.find_newest(tmp_path / "fresh", World(), "nosuch://bucket/run")
+    assert checkpoint.find_newest(tmp_path / "fresh", World(), str(tmp_path / "empty")) is None

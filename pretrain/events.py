@@ -97,7 +97,9 @@ def book(events: list[dict[str, Any]], now_s: float) -> dict[str, float]:
         if last_s is None:
             last_s = at_s
         if name == "start":
-            seen_s = min(max(event.get("last_seen") or last_s, last_s), max(at_s, last_s))
+            seen_s = max(event.get("last_seen") or last_s, last_s)
+            if at_s >= last_s:  # the clock was not set back
+                seen_s = min(seen_s, at_s)
             if alive:  # the life before did not say how it ended: what it did after its last save is lost
                 booked["lost"] += since_save + seen_s - last_s
                 booked["restart"] += max(0.0, at_s - seen_s)

@@ -199,7 +199,8 @@ def first_cause(facts: list[Facts], size: int) -> tuple[int, str]:
         doing = "waits for its data" if late.phase == "data" else "did not arrive at the others' collective"
         return late.rank, f"{doing} (step {late.step}, {late.place})"
     counts = Counter((fact.step, tuple(fact.path)) for fact in facts)
-    usual = max(counts.items(), key=lambda item: (item[1], [-item[0][0], *(-line for line in item[0][1])]))[0]
+    most = max(counts.values())
+    usual = min(place for place, count in counts.items() if count == most)
     odd = [fact for fact in facts if (fact.step, tuple(fact.path)) != usual] or facts
     ahead = max(odd, key=lambda fact: (fact.step, fact.path))
     return ahead.rank, f"stands in another collective than the others (step {ahead.step}, {ahead.place})"

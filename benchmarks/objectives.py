@@ -3,19 +3,23 @@
     python benchmarks/objectives.py                    (CPU: small towers)
     python benchmarks/objectives.py --device cuda      (one GPU: ViT-B/16, BERT-base, cross fusion of 6 layers)
 
-memory   Peak bytes of the forward and backward of the contrastive loss for 256 own pairs against G columns, each case in a
-         process of its own. The columns stand for what was gathered: they are there before, and take no gradient. (With
-         gradients, gathered embeddings take 16 G E bytes, in open_clip as here.) open_clip's loss comes with
-         `--local-loss --gather-with-grad`, and with its defaults, whose matrices are G x G.
+memory   Peak bytes of the forward and backward of the contrastive loss for 256 own pairs against G columns, and of the
+         momentum loss where G is batch and queue, each case in a process of its own. The columns stand for what was
+         gathered: they are there before, and take no gradient. (With gradients, gathered embeddings take 16 G E bytes, in
+         open_clip as here.) open_clip's loss comes with `--local-loss --gather-with-grad`, and with its defaults, whose
+         matrices are G x G. On a CPU, MALLOC_MMAP_THRESHOLD_=65536 in the environment keeps blocks that are free, but not
+         given back, from counting.
 bytes    What a rank receives in a step for matching negatives at G = 32,768, counted in the collectives of our code, beside
          gathering the image tokens of a ViT-B/16 in bf16, as BLIP-2 does (and once more for their gradients).
-time     Steps of contrastive and matching losses with 8 micro-batches over steps with the whole batch, in turns.
+time     Steps of contrastive and matching losses with 8 micro-batches over steps with the whole batch, in turns; and steps
+         with momentum towers and a queue of 65,536 over steps without.
 """
 
 import argparse
 import multiprocessing
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -24,12 +28,13 @@ import torch
 from data_tools.errors import run_command
 from pretrain.accumulate import compute_gradients
 from pretrain.config import check_config
-from pretrain.contract import Batch, ModelOutput
+from pretrain.contract import Batch, Candidates, Identity, ModelOutput, MomentumOutput
 from pretrain.data.text import ClipTokenizerConfig, build_tokenizer
 from pretrain.engine import EngineConfig, apply_gradients, build_engine, import_deepspeed
-from pretrain.losses import ContrastiveConfig, LossesConfig, MatchingConfig, compute_losses
+from pretrain.losses import ContrastiveConfig, LossesConfig, MatchingConfig, MomentumConfig, compute_losses
 from pretrain.model.model import ModelConfig, build_model
 from pretrain.model.negatives import plan_matches
+from pretrain.momentum import QUEUE, Momentum
 from pretrain.world import World, connect, disconnect
 
 OWN, WIDTH = 256, 512  # pairs of a rank, and E
@@ -37,6 +42,7 @@ COLUMNS = [2**power for power in range(10, 18)]
 LARGEST_SQUARE = 8192  # columns for which G x G matrices still fit a small machine
 TOKENS, TOKEN_WIDTH, TEXT_LENGTH = 197, 768, 77  # of ViT-B/16 at 224 pixels, and CLIP's context
 MICRO_BATCHES = 8
+MOMENTUM = LossesConfig(contrastive=None, momentum=MomentumConfig())
 PRECISION = {"cpu": "fp32", "cuda": "bf16"}
 TOWERS = {
     "cpu": {
@@ -92,17 +98,17 @@ def measure(options: argparse.Namespace) -> int:
 
 def show_memory(options: argparse.Namespace) -> None:
     print(f"Peak MiB of the contrastive loss, {OWN} own pairs, E = {WIDTH}, chunk {ContrastiveConfig().chunk}")
-    print(f"{'G':>8} {'ours':>10} {'open_clip':>10} {'its defaults':>13}")
+    print(f"{'G':>8} {'ours':>10} {'momentum':>10} {'open_clip':>10} {'its defaults':>13}")
     context = multiprocessing.get_context("spawn")
     for columns in COLUMNS:
         peaks = []
-        for kind in ("ours", "open_clip", "defaults"):
+        for kind in ("ours", "momentum", "open_clip", "defaults"):
             if kind == "defaults" and columns > LARGEST_SQUARE:
                 peaks.append("-")
                 continue
             with context.Pool(1) as pool:
                 peaks.append(f"{pool.apply(contrastive_peak, (kind, columns, options.device)) / 2**20:.0f}")
-        print(f"{columns:>8} {peaks[0]:>10} {peaks[1]:>10} {peaks[2]:>13}", flush=True)
+        print(f"{columns:>8} {peaks[0]:>10} {peaks[1]:>10} {peaks[2]:>10} {peaks[3]:>13}", flush=True)
 
 
 def contrastive_peak(kind: str, columns: int, device: str) -> int:
@@ -117,6 +123,13 @@ def contrastive_peak(kind: str, columns: int, device: str) -> int:
         if kind == "ours":
             world = PretendWorld(columns // own, everyone)
             loss = compute_losses(LossesConfig(), ModelOutput(image, text, scale), world)["total"]
+        elif kind == "momentum":
+            rows = torch.arange(len(everyone), device=device)
+            candidates = Candidates(everyone, everyone, Identity(rows, rows, rows[:, None]))
+            identity, averaged = candidates.identity.rows(0, len(image)), (image.detach(), text.detach())
+            output = ModelOutput(image, text, scale, identity=identity)
+            output.momentum = MomentumOutput(*averaged, candidates, MomentumConfig().alpha)
+            loss = compute_losses(MOMENTUM, output, World(device=image.device))["total"]
         else:  # as open_clip.loss.ClipLoss writes it
             labels = torch.arange(len(image), device=device)
             cross_entropy = torch.nn.functional.cross_entropy
@@ -184,11 +197,19 @@ def show_time(options: argparse.Namespace) -> None:
         print(
             f"{name:<26} {middle[0]:8.3f} {middle[1]:8.3f}   {middle[2]:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
         )
+    print(f"{'':<26} {'without':>8} {'with':>8}   times as long (rounds)")
+    without, momentum = time_momentum(options, world, size)
+    ratios = [one / other for one, other in zip(momentum, without, strict=True)]
+    middle = [statistics.median(values) for values in (without, momentum, ratios)]
+    print(
+        f"{'momentum, not contrastive':<26} {middle[0]:8.3f} {middle[1]:8.3f}   {middle[2]:.2f} "
+        f"({min(ratios):.2f} to {max(ratios):.2f})"
+    )
     disconnect()
 
 
-def time_steps(options: argparse.Namespace, world: World, size: int, matching: bool) -> tuple[list[float], list[float]]:
-    """Seconds of steps with the whole batch, and in micro-batches, in turns."""
+def build_step(options: argparse.Namespace, world: World, size: int, matching: bool) -> tuple[Any, Batch]:
+    """An engine, and a batch of that many pairs."""
     towers = {name: part for name, part in TOWERS[options.device].items() if matching or name != "fusion"}
     config = check_config(towers, ModelConfig, where="towers")
     length = config.text.context_length
@@ -206,24 +227,60 @@ def time_steps(options: argparse.Namespace, world: World, size: int, matching: b
         position=np.arange(size),
         keys=[],
     ).to(world.device)
+    return engine, batch
+
+
+def time_steps(options: argparse.Namespace, world: World, size: int, matching: bool) -> tuple[list[float], list[float]]:
+    """Seconds of steps with the whole batch, and in micro-batches, in turns."""
+    engine, batch = build_step(options, world, size, matching)
     losses = LossesConfig(matching=MatchingConfig() if matching else None)
 
-    def step_s(micro_batches: int) -> float:
-        started_s = time.perf_counter()
+    def step(micro_batches: int) -> None:
         compute_gradients(engine, batch, losses, 0, size // micro_batches, world)
         apply_gradients(engine)
-        if options.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - started_s
 
-    steps: dict[int, list[float]] = {1: [], MICRO_BATCHES: []}
-    for number in range(options.rounds + 1):
-        for micro_batches, times in steps.items():
-            seconds = step_s(micro_batches)
-            if number:  # the first of each loads and plans
-                times.append(seconds)
+    times = time_in_turns(options, lambda: step(1), lambda: step(MICRO_BATCHES))
     engine.destroy()
-    return steps[1], steps[MICRO_BATCHES]
+    return times
+
+
+def time_momentum(options: argparse.Namespace, world: World, size: int) -> tuple[list[float], list[float]]:
+    """Seconds of steps of the contrastive loss, and of the momentum loss with a full queue, in turns."""
+    engine, batch = build_step(options, world, size, matching=False)
+    model, settings = engine.module, MOMENTUM.momentum
+    count = settings.queue_samples
+    past = torch.nn.functional.normalize(torch.randn(count, model.config.embed_dim), dim=1)
+    rows = torch.arange(size, size + count)
+    queue = {"image_embed": past, "text_embed": past, "image_id": rows, "text_id": rows, "true_text_id": rows[:, None]}
+    restored = {QUEUE + name: value for name, value in queue.items()}
+    momentum = Momentum(settings, model.config, model.tokenizer, engine, world, restored)
+
+    def step() -> None:
+        compute_gradients(engine, batch, LossesConfig(), 0, None, world)
+        apply_gradients(engine)
+
+    def step_with_momentum() -> None:
+        _, output = compute_gradients(engine, batch, MOMENTUM, 0, None, world, None, momentum)
+        apply_gradients(engine)
+        momentum.follow(output.momentum, 0)
+
+    times = time_in_turns(options, step, step_with_momentum)
+    engine.destroy()
+    return times
+
+
+def time_in_turns(options: argparse.Namespace, *steps: Callable[[], None]) -> tuple[list[float], ...]:
+    """Seconds that each of `steps` takes, round by round; the first round, which loads and plans, is left out."""
+    times: tuple[list[float], ...] = tuple([] for _ in steps)
+    for number in range(options.rounds + 1):
+        for step, found in zip(steps, times, strict=True):
+            started_s = time.perf_counter()
+            step()
+            if options.device == "cuda":
+                torch.cuda.synchronize()
+            if number:
+                found.append(time.perf_counter() - started_s)
+    return times
 
 
 def describe(options: argparse.Namespace) -> Any:

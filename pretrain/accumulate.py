@@ -13,6 +13,7 @@ from torch import Tensor
 from pretrain.contract import Batch, ModelOutput, TeacherOutput
 from pretrain.engine import one_reduction
 from pretrain.losses import EMBEDDING_LOSSES, PAIR_LOSSES, LossesConfig, compute_losses
+from pretrain.momentum import Momentum
 from pretrain.spikes import GiveUp
 from pretrain.world import World
 
@@ -27,6 +28,7 @@ def compute_gradients(
     micro_batch_size: int | None,
     world: World,
     teacher: Callable[[Batch], TeacherOutput] | None = None,
+    momentum: Momentum | None = None,
 ) -> tuple[dict[str, Tensor], ModelOutput]:
     """Losses and gradients of one step. Collective.
 
@@ -35,13 +37,16 @@ def compute_gradients(
     carries those gradients and the pair losses back. The gradient is that of the whole batch, at the memory of one
     micro-batch and the price of one more forward. Source: GradCache, arXiv:2101.06983.
 
-    `teacher` is that of `losses.distill`.
+    `teacher` is that of `losses.distill`, `momentum` that of `losses.momentum`.
 
     Returns: this rank's part of each loss and their `total`, and its embeddings [B,E].
     """
     rows = len(batch.image)
+    # Before the model's own forward keeps its activations.
+    averaged = momentum.compare(batch, micro_batch_size or rows, step) if momentum else None
     if micro_batch_size is None or micro_batch_size >= rows:
         output = engine(batch)
+        output.momentum = averaged
         output.teacher = teacher(batch) if teacher else None
         losses = compute_losses(config, output, world, step)
         engine.backward(infect(losses["total"], losses["total"], output))
@@ -57,6 +62,7 @@ def compute_gradients(
         logit_scale=parts[0].logit_scale.detach().requires_grad_(),
         logit_bias=None if bias is None else bias.detach().requires_grad_(),  # without detach: the parameter itself
         identity=batch.identity,
+        momentum=averaged,
     )
     if teacher:
         taught = [teacher(batch.rows(start, start + micro_batch_size)) for start in starts]

@@ -133,8 +133,10 @@ def explain(error: dict[str, Any], model: type[ConfigModel]) -> str:
     if error["type"] == "missing":
         return f"{key}: is missing. It has no default; set it in the file or as {key}=..."
     if error["type"] in ("union_tag_invalid", "union_tag_not_found"):
-        found = f"unknown kind '{error['ctx']['tag']}'" if "tag" in error["ctx"] else "has no kind"
-        return f"{key}.kind: {found}. Valid: {error['ctx']['expected_tags'].replace(chr(39), '')}"
+        found = f"unknown kind '{error['ctx']['tag']}'" if "tag" in error["ctx"] else "is missing"
+        choices = config_models(section.model_fields[names[-1]].annotation)
+        kinds = [kind for choice in choices for kind in get_args(choice.model_fields["kind"].annotation)]
+        return f"{key}.kind: {found}. Valid: {', '.join(kinds)}"
     message = error["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
     return f"{key}: {message}" + ("" if error["type"] == "value_error" else f"; found {error['input']!r}")
 

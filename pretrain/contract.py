@@ -1,6 +1,7 @@
 """The two dataclasses on which every part agrees: what the loader yields and what the model returns.
 
-Shape legend: B pairs per rank, L text tokens, E embedding, P match pairs, T tokens to predict, V ids, H/W pixels.
+Shape legend: B pairs per rank, L text tokens, E embedding, P match pairs, T tokens to predict, V ids, H/W pixels,
+K candidates.
 """
 
 from dataclasses import dataclass, field, fields
@@ -20,6 +21,16 @@ class Identity(NamedTuple):
 
     def rows(self, start: int, stop: int) -> "Identity":
         return Identity(*(part[start:stop] for part in self))
+
+    def append(self, other: "Identity") -> "Identity":
+        """These rows and then the other ones, with room for the captions of both."""
+        width = max(self.true_text_id.shape[1], other.true_text_id.shape[1])
+        true = [ids[:, :1].repeat(1, width) for ids in (self.true_text_id, other.true_text_id)]
+        for filled, ids in zip(true, (self.true_text_id, other.true_text_id), strict=True):
+            filled[:, : ids.shape[1]] = ids
+        return Identity(
+            torch.cat([self.image_id, other.image_id]), torch.cat([self.text_id, other.text_id]), torch.cat(true)
+        )
 
 
 @dataclass
@@ -70,6 +81,33 @@ class TeacherOutput(NamedTuple):
     logit_scale: Tensor  # [1]
 
 
+class Candidates(NamedTuple):
+    """Pairs that all ranks compare theirs with, the same on every rank."""
+
+    image_embed: Tensor  # [K,E] unit norm
+    text_embed: Tensor  # [K,E] unit norm
+    identity: Identity  # of the K pairs
+
+    def rows(self, start: int, stop: int) -> "Candidates":
+        return Candidates(self.image_embed[start:stop], self.text_embed[start:stop], self.identity.rows(start, stop))
+
+    def append(self, other: "Candidates") -> "Candidates":
+        return Candidates(
+            torch.cat([self.image_embed, other.image_embed]),
+            torch.cat([self.text_embed, other.text_embed]),
+            self.identity.append(other.identity),
+        )
+
+
+class MomentumOutput(NamedTuple):
+    """What the momentum towers say of the same pairs, without gradients."""
+
+    image_embed: Tensor  # [B,E] unit norm
+    text_embed: Tensor  # [B,E] unit norm
+    candidates: Candidates  # the global batch, and after it the queue, both by the momentum towers
+    alpha: float  # share of the soft targets in this step
+
+
 @dataclass
 class ModelOutput:
     """What the losses consume. The match part is None for a model without fusion."""
@@ -85,3 +123,4 @@ class ModelOutput:
     captioning: TokenPredictions | None = None  # each caption's next tokens, where the model has a head for them
     masked_language: TokenPredictions | None = None  # masked tokens of the captions, likewise
     teacher: TeacherOutput | None = None  # for distillation
+    momentum: MomentumOutput | None = None  # for the momentum loss

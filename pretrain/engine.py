@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import pydantic
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pretrain.config import ConfigError, ConfigModel
 from pretrain.model.blocks import learning_rate_scales
@@ -233,6 +233,35 @@ def apply_gradients(engine: Any) -> bool:
             return False
     engine.step()
     return engine.was_step_applied()
+
+
+def master_parts(engine: Any) -> dict[str, tuple[int, Tensor]]:
+    """The part that this rank holds of each trained parameter, in fp32: by name, the place in the flattened parameter where
+    it begins, and its elements [n].
+
+    With ZeRO the parts of all ranks make up the parameter, and a rank may have none of it; without, each rank has all. The
+    parts are the optimiser's own tensors, not copies.
+    """
+    stage, parts, masters = engine.zero_optimization_stage(), {}, {}
+    if stage == 3:
+        from deepspeed.utils import safe_get_local_fp32_param
+    elif stage == 0 and hasattr(engine.optimizer, "fp32_groups"):  # in 16 bits
+        for parameters, copies in zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True):
+            masters |= dict(zip(parameters, copies, strict=True))
+    for name, parameter in engine.module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if stage == 3:
+            part = safe_get_local_fp32_param(parameter)
+            start = engine.global_rank * len(part)
+            parts[name] = start, part[: max(0, parameter.ds_numel - start)]  # what comes after the end is padding
+        elif stage:
+            fragment = parameter._hp_mapping
+            if fragment is not None:
+                parts[name] = fragment.lp_fragment_address.start, fragment.hp_fragment
+        else:
+            parts[name] = 0, masters.get(parameter, parameter).detach().flatten()
+    return parts
 
 
 def set_learning_rate(engine: Any, rate: float) -> None:

@@ -6,7 +6,8 @@ of its gradients is the gradient of that. Losses own no parameters and call no m
 Similarities are computed in blocks of columns that are computed once more in the backward pass, so no loss ever holds
 more than [B,chunk] of them.
 
-Shape legend: B pairs per rank, G = B x world, E embedding, P match pairs, T tokens to predict, V ids.
+Shape legend: B pairs per rank, G = B x world, K columns to compare with (G or, with a queue, more), E embedding, P match
+pairs, T tokens to predict, V ids.
 """
 
 import math
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from pretrain.config import ConfigModel, Count
-from pretrain.contract import ModelOutput, TokenPredictions
+from pretrain.contract import Identity, ModelOutput, TokenPredictions
 from pretrain.model.negatives import find_true_pairs, gather_identity
 from pretrain.world import World
 
@@ -33,6 +34,15 @@ class Ramp(ConfigModel):
     steps: Count
     shape: Literal["linear", "cosine"] = "linear"
 
+    def towards(self, full: float, step: int) -> float:
+        """The value in step `step`, counted from 0, of what becomes `full`."""
+        if step >= self.steps:
+            return full
+        progress = step / self.steps
+        if self.shape == "cosine":
+            progress = (1 - math.cos(math.pi * progress)) / 2
+        return self.start + (full - self.start) * progress
+
 
 class LossConfig(ConfigModel):
     """What every loss has."""
@@ -42,12 +52,7 @@ class LossConfig(ConfigModel):
 
     def weight_at(self, step: int) -> float:
         """The weight in step `step`, counted from 0."""
-        if self.ramp is None or step >= self.ramp.steps:
-            return self.weight
-        progress = step / self.ramp.steps
-        if self.ramp.shape == "cosine":
-            progress = (1 - math.cos(math.pi * progress)) / 2
-        return self.ramp.start + (self.weight - self.ramp.start) * progress
+        return self.ramp.towards(self.weight, step) if self.ramp else self.weight
 
 
 class ContrastiveConfig(LossConfig):
@@ -92,6 +97,34 @@ class DistillConfig(LossConfig):
     chunk: Count = 4096  # columns of similarities held at a time
 
 
+class MomentumConfig(ContrastiveConfig):
+    """`contrastive` against what momentum towers (averages of the towers' weights) say of the global batch and of a queue
+    of past pairs, with targets that are in part their softmax (ALBEF).
+
+    Every learnt weight w moves its average: average = decay x average + (1 - decay) x w, after each step that changed it.
+    """
+
+    positives: Literal["own", "soft", "masked"] = "soft"  # a queue longer than the dataset holds each picture again
+    queue_samples: int = pydantic.Field(default=65536, ge=0, lt=2**31)  # past pairs, of all ranks together
+    alpha: float = pydantic.Field(default=0.4, ge=0, le=1)  # share of the soft targets
+    alpha_ramp: Ramp | None = None  # in ALBEF from 0, linear, over the first epoch
+    decay: float = pydantic.Field(default=0.995, ge=0, le=1)  # what an average keeps of itself in a step
+    decay_ramp: Ramp | None = None
+
+    @pydantic.model_validator(mode="after")
+    def check_ramps(self) -> "MomentumConfig":
+        for name, ramp in (("alpha_ramp", self.alpha_ramp), ("decay_ramp", self.decay_ramp)):
+            if ramp and ramp.start > 1:
+                raise ValueError(f"{name}.start is a share: give 0 to 1; found {ramp.start}")
+        return self
+
+    def alpha_at(self, step: int) -> float:
+        return self.alpha_ramp.towards(self.alpha, step) if self.alpha_ramp else self.alpha
+
+    def decay_at(self, step: int) -> float:
+        return self.decay_ramp.towards(self.decay, step) if self.decay_ramp else self.decay
+
+
 class LossesConfig(ConfigModel):
     """The losses that are on, each with its weight in the sum."""
 
@@ -101,6 +134,7 @@ class LossesConfig(ConfigModel):
     captioning: CaptioningConfig | None = None
     masked_language: MaskedLanguageConfig | None = None
     distill: DistillConfig | None = None
+    momentum: MomentumConfig | None = None
 
 
 def contrastive_loss(config: ContrastiveConfig, output: ModelOutput, world: World) -> Tensor:
@@ -125,29 +159,32 @@ def softmax_loss(
     scale: Tensor,
     own: Tensor,
     others: Callable[[int, int], Tensor | None],
+    soft: "SoftTargets | None" = None,
 ) -> Tensor:
     """Cross-entropy of the softmax over all columns, mean over the rows: scalar [], nats.
 
-    Args: rows [B,E], columns [G,E], scale [1], own [B] the rows' scores with their own column, and others(start, stop)
-          [B,stop-start] bool, the true pairs beside it (None: they do not matter).
+    Args: rows [B,E], columns [K,E], scale [1], own [B] the rows' scores with their own column, others(start, stop)
+          [B,stop-start] bool, the true pairs beside it (None: they do not matter), and `soft`, targets that are mixed in.
     """
 
     def sums(rows: Tensor, columns: Tensor, scale: Tensor, start: int) -> Tensor:
-        """[4,B]: log of the sum of exponentials, the sum of all that count, and the other true pairs' sum and number."""
+        """[5,B]: log of the sum of exponentials, the sum of all that count, and the other true pairs' sum and number, and
+        the mean by the soft targets."""
         scores = scale * rows @ columns.T
         other = others(start, start + len(columns))
+        nothing = torch.zeros_like(scores[:, 0])
+        soft_sum = (soft.of(columns, start) * scores).sum(1) if soft else nothing
         if other is None:
-            nothing = torch.zeros_like(scores[:, 0])
-            return torch.stack([scores.logsumexp(1), scores.sum(1), nothing, nothing])
+            return torch.stack([scores.logsumexp(1), scores.sum(1), nothing, nothing, soft_sum])
         other_sum, other_count = scores.masked_fill(~other, 0).sum(1), other.sum(1, dtype=scores.dtype)
         if config.positives == "masked":
             scores, all_sum = scores.masked_fill(other, -math.inf), scores.masked_fill(other, 0).sum(1)
         else:
             all_sum = scores.sum(1)
-        return torch.stack([scores.logsumexp(1), all_sum, other_sum, other_count])
+        return torch.stack([scores.logsumexp(1), all_sum, other_sum, other_count, soft_sum])
 
     parts = [compute(sums, rows, block, scale, start) for start, block, compute in blocks(columns, config.chunk)]
-    log_sums, all_sums, other_sums, other_counts = torch.stack(parts).unbind(1)
+    log_sums, all_sums, other_sums, other_counts, soft_sums = torch.stack(parts).unbind(1)
     all_sum, all_count = all_sums.sum(0), len(columns)
     other_sum, other_count = other_sums.sum(0), other_counts.sum(0)
     if config.positives == "soft":
@@ -155,6 +192,8 @@ def softmax_loss(
     elif config.positives == "masked":
         all_count = all_count - other_count
     target = (1 - config.label_smoothing) * own + config.label_smoothing * all_sum / all_count
+    if soft:
+        target = (1 - soft.share) * target + soft.share * soft_sums.sum(0)
     return (log_sums.logsumexp(0) - target).mean()
 
 
@@ -270,13 +309,69 @@ def divergence_loss(
     return (log_sums.logsumexp(0) + differences.sum(0)).mean()
 
 
-class OtherPairs:
-    """The true pairs of own rows with the global batch, beside each row with its own column, block by block."""
+def momentum_loss(config: MomentumConfig, output: ModelOutput, world: World) -> Tensor:
+    """Symmetric InfoNCE of own rows against the candidates of the momentum towers, both ways, with soft targets in part.
 
-    def __init__(self, positives: str, output: ModelOutput, world: World):
+    Shapes:  image_embed [B,E], text_embed [B,E], logit_scale [1], momentum.image_embed and text_embed [B,E], their
+             candidates [K,E].
+    Returns: scalar [], nats a pair.
+    Source:  ALBEF, arXiv:2107.07651, sections 3.2 and 3.3; MoCo, arXiv:1911.05722.
+    """
+    image, text, scale, momentum = output.image_embed, output.text_embed, output.logit_scale, output.momentum
+    candidates = momentum.candidates
+    others = OtherPairs(config.positives, output, world, candidates.identity)
+    loss = image.new_zeros(())
+    for rows, averaged, partners, columns, of_rows in (
+        (image, momentum.image_embed, momentum.text_embed, candidates.text_embed, others.of_images),
+        (text, momentum.text_embed, momentum.image_embed, candidates.image_embed, others.of_texts),
+    ):
+        own = scale * (rows * partners).sum(1)
+        soft = SoftTargets(config, averaged, columns, scale, of_rows, momentum.alpha) if momentum.alpha else None
+        loss = loss + softmax_loss(config, rows, columns, scale, own, of_rows, soft) / 2
+    return loss
+
+
+class SoftTargets:
+    """The softmax over all columns of rows [B,E] that get no gradient, block by block, and the `share` of it in the targets.
+
+    The other arguments are those of `softmax_loss`; columns that are masked there have no part in this softmax either.
+    """
+
+    def __init__(
+        self,
+        config: ContrastiveConfig,
+        rows: Tensor,
+        columns: Tensor,
+        scale: Tensor,
+        others: Callable[[int, int], Tensor | None],
+        share: float,
+    ):
+        self.rows, self.share = scale.detach() * rows, share
+        self.masked = others if config.positives == "masked" else lambda start, stop: None
+        sums = [self.scores(block, start).logsumexp(1) for start, block, _ in blocks(columns, config.chunk)]
+        self.log_sum = torch.stack(sums).logsumexp(0)[:, None]
+
+    def scores(self, columns: Tensor, start: int) -> Tensor:
+        scores, masked = self.rows @ columns.T, self.masked(start, start + len(columns))
+        return scores if masked is None else scores.masked_fill(masked, -math.inf)
+
+    def of(self, columns: Tensor, start: int) -> Tensor:
+        """The block [B,k] of these columns [k,E], the ones from `start` on."""
+        return (self.scores(columns, start) - self.log_sum).exp()
+
+
+class OtherPairs:
+    """The true pairs of own rows with the global batch, beside each row with its own column, block by block.
+
+    `everyone`, if not only the global batch, has it first.
+    """
+
+    def __init__(self, positives: str, output: ModelOutput, world: World, everyone: Identity | None = None):
         self.world = world
         self.own = None if positives == "own" else output.identity
-        self.everyone = None if self.own is None else gather_identity(self.own, world)
+        self.everyone = everyone
+        if self.own is not None and everyone is None:
+            self.everyone = gather_identity(self.own, world)
 
     def of_images(self, start: int, stop: int) -> Tensor | None:
         """Own images with texts [start, stop): [B,stop-start] bool, None where only the own column is a positive."""
@@ -349,7 +444,12 @@ def token_loss(tokens: TokenPredictions, label_smoothing: float) -> Tensor:
 
 
 # Over the embeddings of a rank's whole batch, at once.
-EMBEDDING_LOSSES = {"contrastive": contrastive_loss, "sigmoid": sigmoid_loss, "distill": distill_loss}
+EMBEDDING_LOSSES = {
+    "contrastive": contrastive_loss,
+    "sigmoid": sigmoid_loss,
+    "distill": distill_loss,
+    "momentum": momentum_loss,
+}
 # Over what each micro-batch computes: their parts add up.
 PAIR_LOSSES = {
     "matching": matching_loss,

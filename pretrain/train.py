@@ -41,6 +41,7 @@ from pretrain.losses import LOSSES, LossesConfig
 from pretrain.metrics import Clock, Metrics, peak_memory_gib
 from pretrain.model.model import ModelConfig, build_model
 from pretrain.model.warm_start import warm_start
+from pretrain.momentum import Momentum
 from pretrain.randomness import seed_torch
 from pretrain.spikes import GiveUp, SpikesConfig
 from pretrain.watch import WatchConfig
@@ -151,7 +152,15 @@ def train_steps(config: RunConfig, life: Life, world: World) -> int:
     peak = peak_tflops(world.device)
     flops = count_flops(model, config.losses) if peak else 0.0
     engine = build_engine(model, config.engine, batch_size, world)
-    step = restore(engine, loader, life, newest, run_identity(config, world)) if newest else 0
+    identity = run_identity(config, world)
+    step, extra = restore(engine, loader, life, newest, identity) if newest else (0, {})
+
+    def build_momentum(extra: dict[str, torch.Tensor]) -> Momentum | None:
+        settings = config.losses.momentum
+        return Momentum(settings, config.model, tokenizer, engine, world, extra) if settings else None
+
+    momentum = build_momentum(extra)
+    del extra  # as large as the towers
     steps = config.train.steps(loader.supply.epoch_samples)
     if world.is_main:
         describe_run(config)
@@ -174,12 +183,16 @@ def train_steps(config: RunConfig, life: Life, world: World) -> int:
         if trained:
             set_learning_rate(engine, learning_rate(config.engine, step, steps))
             seed_torch(config.seed, step, world.rank)
-            losses, output = compute_gradients(engine, batch, config.losses, step, micro_batch_size, world, teacher)
+            losses, output = compute_gradients(
+                engine, batch, config.losses, step, micro_batch_size, world, teacher, momentum
+            )
             spike = life.judge(step + 1, losses["total"], engine)
             if spike and (target := life.rollback_target(saver)):
                 life.roll_back(step + 1, target, spike, batch)
                 batches.close()
-                step = restore(engine, loader, life, target, run_identity(config, world))
+                step, extra = restore(engine, loader, life, target, identity)
+                momentum = build_momentum(extra)
+                del extra
                 batches, metrics = iter(loader), metrics.go_back(step)
                 clock.leave_out()
                 continue
@@ -188,6 +201,8 @@ def train_steps(config: RunConfig, life: Life, world: World) -> int:
                 life.skip(step + 1, spike, all_keys(batch, world))
             else:
                 applied = apply_gradients(engine)
+                if momentum and applied:
+                    momentum.follow(output.momentum, step)
                 bad_keys = bad_steps.check(step + 1, applied, batch, losses, output)
                 if bad_keys is not None:
                     life.skip(step + 1, "loss or gradients not finite", bad_keys)
@@ -203,7 +218,7 @@ def train_steps(config: RunConfig, life: Life, world: World) -> int:
             metrics.log(step, values)
         if step % config.checkpoint.every_steps == 0 or step == steps or stopping or saving:
             life.watch.enter("save", step)
-            saver.save(step, run_state(config, loader, life, step, world))
+            saver.save(step, run_state(config, loader, life, step, world), momentum.state() if momentum else {})
             clock.leave_out()
         else:
             saver.poll()
@@ -276,13 +291,18 @@ def find_checkpoint(config: RunConfig, world: World) -> checkpoint.Found | None:
     return found
 
 
-def restore(engine: Any, loader: Loader, life: Life, found: checkpoint.Found, identity: dict[str, Any]) -> int:
-    """Put engine, loader and the measure of spikes where the checkpoint was taken; returns the steps done. Collective."""
-    checkpoint.restore(engine, found.folder, found.state, identity)
+def restore(
+    engine: Any, loader: Loader, life: Life, found: checkpoint.Found, identity: dict[str, Any]
+) -> tuple[int, dict[str, torch.Tensor]]:
+    """Put engine, loader and the measure of spikes where the checkpoint was taken. Collective.
+
+    Returns the steps done, and what was saved beside.
+    """
+    extra = checkpoint.restore(engine, found.folder, found.state, identity)
     loader.restore(found.state["loader"])
     if life.spikes:
         life.spikes.restore(found.state["spikes"])
-    return found.state["step"]
+    return found.state["step"], extra
 
 
 def run_identity(config: RunConfig, world: World) -> dict[str, Any]:

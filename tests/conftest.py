@@ -13,6 +13,7 @@ sys.path[:0] = [str(TESTS), str(TESTS / "pretrain")]  # paths.py, ranks.py, pari
 from paths import ROOT  # noqa: E402
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may need the network, nor wait for it
+os.environ["OMP_NUM_THREADS"] = "1"  # the models are tiny: threads would only wait for each other
 
 
 @pytest.fixture(scope="session")

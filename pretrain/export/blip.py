@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data_tools.errors import UserError
-from pretrain.export.card import Guide, list_training_limits
+from pretrain.export.card import Guide, list_bias_limits, list_training_limits
 from pretrain.export.compare import Reloaded
 from pretrain.export.huggingface import (
     CLIP_TOKENIZER_LIMITS,
@@ -58,7 +58,7 @@ def write(source: LoadedRun, folder: Path, final: Path) -> Guide:
     weights = {name: value.clone(memory_format=torch.contiguous_format) for name, value in weights.items()}
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     build_image_processor(config.image.image_size).save_pretrained(folder)
-    limits = [*list_training_limits(source), SCALE_LIMIT, *LIMITS]
+    limits = [*list_training_limits(source), *list_bias_limits(source), SCALE_LIMIT, *LIMITS]
     if config.captioning or config.masked_language:
         limits.append(
             "The heads that predict tokens are not here: the class has no place for them. `native` holds them."

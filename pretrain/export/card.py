@@ -86,3 +86,10 @@ def list_training_limits(source: LoadedRun) -> list[str]:
     """What the run does in training and no other library's model does by itself."""
     patch_dropout = getattr(source.config.model.image, "patch_dropout", 0)
     return [f"Patch dropout, {patch_dropout:g} in training, is off."] if patch_dropout else []
+
+
+def list_bias_limits(source: LoadedRun) -> list[str]:
+    """For classes of contrastive models without a bias; the order of similarities does not need it."""
+    if not source.model.logit_bias:
+        return []
+    return [f"The class has no logit bias, which is {source.model.logit_bias().item():g}: add it to the logits."]

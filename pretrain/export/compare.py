@@ -50,6 +50,7 @@ class Reloaded:
     embed_images: Callable[[Tensor], Tensor]  # [n,3,S,S] uint8 -> [n,E] unit norm
     embed_texts: Callable[[list[str]], Tensor]  # -> [n,E] unit norm
     logit_scale: float
+    logit_bias: float | None = None  # for a library that has one
     clean: Callable[[str], str] = str
     rounds_crop_down: bool = False  # the corner of the centre crop; the run rounds halves to even
     match_logits: Callable[[Tensor, list[str]], Tensor] | None = None  # pairs of [P,3,S,S] uint8 and texts -> [P,2]
@@ -149,6 +150,8 @@ def compare(source: LoadedRun, reloaded: Reloaded, probes: Probes, out: Path) ->
         ("logit scale", model.logit_scale(), torch.tensor([reloaded.logit_scale]), "one number"),
     ):
         comparison.check(what, ours, theirs, TOLERANCE, over)
+    if model.logit_bias and reloaded.logit_bias is not None:
+        comparison.check("logit bias", model.logit_bias(), torch.tensor([reloaded.logit_bias]), TOLERANCE, "one number")
     if reloaded.match_logits and model.match_head:
         pairs = torch.arange(len(pixels) + len(texts))
         pictures, words = pairs % len(pixels), pairs % len(texts)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from data_tools.errors import UserError
 from data_tools.files import write_atomic, write_json_atomic
-from pretrain.export.card import Guide, list_contrastive_limits
+from pretrain.export.card import Guide, list_bias_limits, list_contrastive_limits
 from pretrain.export.compare import Reloaded
 from pretrain.model.model import MAX_LOGIT_SCALE, PIXEL_MEAN, PIXEL_STD, normalise
 from pretrain.model.names import IMAGE_NAMES, TEXT_NAMES, clip_to_huggingface
@@ -84,7 +84,7 @@ def write(source: LoadedRun, folder: Path, final: Path) -> Guide:
     save_file(convert_weights(source), folder / "model.safetensors", {"format": "pt"})
     pictures = build_image_processor(config.image.image_size)
     pictures.save_pretrained(folder)  # preprocessor_config.json, where transformers 4 looks
-    limits = [*list_contrastive_limits(source, "transformers"), *LIMITS]
+    limits = [*list_contrastive_limits(source, "transformers"), *list_bias_limits(source), *LIMITS]
     if config.tokenizer.kind == "clip":
         tokenizer = build_clip_tokenizer(folder, config.text.context_length)
         limits += CLIP_TOKENIZER_LIMITS

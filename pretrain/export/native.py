@@ -217,5 +217,6 @@ def reload(folder: Path) -> Reloaded:
         embed_images=loaded.embed_images,
         embed_texts=loaded.embed_texts,
         logit_scale=loaded.logit_scale,
+        logit_bias=loaded.model.logit_bias().item() if loaded.model.logit_bias else None,
         match_logits=loaded.match_logits,
     )

@@ -70,8 +70,11 @@ def write(source: LoadedRun, folder: Path, final: Path) -> Guide:
             "open_clip cleans texts for a Hugging Face tokenizer (ftfy, HTML entities, white space); the run did not."
         )
         limits.append(f"On the hub, `hf_tokenizer_name` in {CONFIG} has to be the repository's name.")
+    model_settings = {"embed_dim": config.embed_dim, "vision_cfg": vision, "text_cfg": text, **find_activation(config)}
+    if config.init_logit_bias is not None:  # without it, the class has no bias
+        model_settings["init_logit_bias"] = config.init_logit_bias
     settings = {
-        "model_cfg": {"embed_dim": config.embed_dim, "vision_cfg": vision, "text_cfg": text, **find_activation(config)},
+        "model_cfg": model_settings,
         "preprocess_cfg": {
             "mean": PIXEL_MEAN,
             "std": PIXEL_STD,
@@ -126,7 +129,7 @@ def find_activation(config: Any) -> dict[str, bool]:
 
 
 def rename_weights(source: LoadedRun) -> dict[str, Tensor]:
-    """The two towers and the logit scale under open_clip's names."""
+    """The two towers, the logit scale and bias under open_clip's names."""
     names = {"image_tower.inner.": "visual.", "text_tower.inner.": ""}
     if source.config.model.image.kind == "timm":
         names |= {"image_tower.inner.": "visual.trunk.", "image_tower.projection.": "visual.head.proj."}
@@ -138,6 +141,8 @@ def rename_weights(source: LoadedRun) -> dict[str, Tensor]:
         for old, new in names.items()
         if name.startswith(old)
     }
+    if source.model.logit_bias:
+        weights["logit_bias"] = source.model.logit_bias.bias.detach().reshape(())
     return weights | {"logit_scale": cap_log_scale(source)}
 
 
@@ -176,6 +181,7 @@ def reload(folder: Path) -> Reloaded:
         embed_images=embed_images,
         embed_texts=embed_texts,
         logit_scale=model.logit_scale.exp().item(),
+        logit_bias=None if model.logit_bias is None else model.logit_bias.item(),
         clean=clean,
     )
 

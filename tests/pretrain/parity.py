@@ -1,6 +1,7 @@
 """What one rank computes in the parity tests: importable, so that spawned processes can run it."""
 
 import contextlib
+import copy
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -27,6 +28,8 @@ from pretrain.losses import (
     LossesConfig,
     MaskedLanguageConfig,
     MatchingConfig,
+    MomentumConfig,
+    Ramp,
     SigmoidConfig,
     compute_losses,
 )
@@ -34,6 +37,7 @@ from pretrain.model.model import ModelConfig, build_model
 from pretrain.model.negatives import find_true_pairs, gather_identity
 from pretrain.model.noise import pair_keys
 from pretrain.model.towers import Tower
+from pretrain.momentum import Momentum
 from pretrain.world import World
 
 GLOBAL_BATCH = 16
@@ -47,6 +51,9 @@ PAIR_LOSSES = LossesConfig(
     contrastive=ContrastiveConfig(chunk=5, label_smoothing=0.1, positives="soft"),
     sigmoid=SigmoidConfig(chunk=3, positives="masked", weight=0.3),
     matching=MatchingConfig(weight=2.0),
+    momentum=MomentumConfig(
+        chunk=7, label_smoothing=0.1, queue_samples=24, weight=0.7, alpha_ramp=Ramp(start=0.2, steps=4), decay=0.8
+    ),
     distill=DistillConfig(teacher="of the test", cosine=0.5, chunk=5),
 )
 ALL_LOSSES = PAIR_LOSSES.model_copy(
@@ -132,6 +139,7 @@ class PlainEngine:
     def __init__(self, model: torch.nn.Module):
         self.module = model
         self.no_sync = contextlib.nullcontext
+        self.optimizer = None
 
     def __call__(self, *arguments, **options):
         return self.module(*arguments, **options)
@@ -154,8 +162,24 @@ def losses_and_gradients(
     model = build_model(config, TOKENIZER, 0, world).double().train()
     batch, size = make_batch(config, 0, world), GLOBAL_BATCH // world.size // micro_batches
     teacher = build_teacher(config, torch.float64) if case.losses.distill else None
-    losses, _ = compute_gradients(PlainEngine(model), batch, case.losses, 0, size, world, teacher)
+    engine = PlainEngine(model)
+    momentum = build_momentum(config, case.losses.momentum, engine, size, world)
+    losses, _ = compute_gradients(engine, batch, case.losses, 0, size, world, teacher, momentum)
     return averages(world, model, losses)
+
+
+def build_momentum(
+    config: ModelConfig, settings: MomentumConfig | None, engine: PlainEngine, micro_batch_size: int, world: World
+) -> Momentum | None:
+    """Averages that began as other weights and have followed for two steps, whose batches are in the queue."""
+    if settings is None:
+        return None
+    others = build_model(config, TOKENIZER, 2).state_dict()
+    restored = {f"momentum.weights.{name}": value for name, value in others.items()}
+    momentum = Momentum(settings, config, TOKENIZER, engine, world, restored)
+    for step in (0, 1):
+        momentum.follow(momentum.compare(make_batch(config, step + 7, world), micro_batch_size, step), step)
+    return momentum
 
 
 def build_teacher(config: ModelConfig, dtype: torch.dtype) -> Callable[[Batch], TeacherOutput]:
@@ -197,6 +221,8 @@ def gather_tokens(world: World, case: Case) -> tuple[dict[str, float], dict[str,
     model = build_model(config, TOKENIZER, 0, world).double().train()
     batch = make_batch(config, 0, world)
     output = model(batch, heads=False)
+    momentum = build_momentum(config, case.losses.momentum, PlainEngine(model), len(batch.ids), world)
+    output.momentum = momentum.compare(batch, len(batch.ids), 0)
     keys = model.sample_keys(torch.from_numpy(batch.position))
     image, text = model.encode_image(batch.image, keys), model.encode_text(batch.ids, batch.mask, keys)
     images, texts, masks, all_keys = map(world.all_gather, (image.tokens, text.tokens, batch.mask, keys))
@@ -213,28 +239,62 @@ def gather_tokens(world: World, case: Case) -> tuple[dict[str, float], dict[str,
         "contrastive": dense_contrastive(output, world, 0.1, "soft"),
         "sigmoid": dense_sigmoid(output, world, "masked"),
         "matching": torch.nn.functional.cross_entropy(logits, labels),
+        "momentum": dense_momentum(output, world, 0.1, "soft"),
     }
     losses["total"] = losses["contrastive"] + 0.3 * losses["sigmoid"] + 2.0 * losses["matching"]
+    losses["total"] = losses["total"] + 0.7 * losses["momentum"]
     losses["total"].backward()
     return averages(world, model, losses)
 
 
 def dense_contrastive(output: ModelOutput, world: World, smoothing: float, positives: str) -> torch.Tensor:
     """The contrastive loss with its matrices of [B,G] targets and similarities."""
-    total = 0
-    pairs = find_true_pairs(output.identity, gather_identity(output.identity, world))
+    true_pairs = find_true_pairs(output.identity, gather_identity(output.identity, world))
     sides = [(output.image_embed, output.text_embed), (output.text_embed, output.image_embed)]
-    for (rows, partners), true in zip(sides, pairs, strict=True):
-        scores = output.logit_scale * rows @ world.all_gather(partners).T
-        own = torch.zeros_like(true)
-        own[torch.arange(len(rows)), torch.arange(len(rows)) + world.rank * len(rows)] = True
-        counted = own | ~true if positives == "masked" else torch.ones_like(true)
-        positive = true if positives == "soft" else own
-        target = (1 - smoothing) * positive.double() / positive.sum(1, keepdim=True)
-        target = target + smoothing * counted.double() / counted.sum(1, keepdim=True)
-        logs = scores.masked_fill(~counted, -1e30).log_softmax(1)
-        total = total - (target * logs).sum(1).mean() / 2
-    return total
+    settings = (output.logit_scale, world, smoothing, positives)
+    return sum(
+        dense_softmax(rows, world.all_gather(partners), true, *settings) / 2
+        for (rows, partners), true in zip(sides, true_pairs, strict=True)
+    )
+
+
+def dense_momentum(output: ModelOutput, world: World, smoothing: float, positives: str) -> torch.Tensor:
+    """The momentum loss with matrices of targets and similarities with all candidates."""
+    averaged, candidates = output.momentum, output.momentum.candidates
+    true_pairs = find_true_pairs(output.identity, candidates.identity)
+    sides = [
+        (output.image_embed, averaged.image_embed, candidates.text_embed),
+        (output.text_embed, averaged.text_embed, candidates.image_embed),
+    ]
+    settings = (output.logit_scale, world, smoothing, positives)
+    return sum(
+        dense_softmax(rows, columns, true, *settings, target_rows, averaged.alpha) / 2
+        for (rows, target_rows, columns), true in zip(sides, true_pairs, strict=True)
+    )
+
+
+def dense_softmax(
+    rows: torch.Tensor,
+    columns: torch.Tensor,
+    true: torch.Tensor,
+    scale: torch.Tensor,
+    world: World,
+    smoothing: float,
+    positives: str,
+    target_rows: torch.Tensor | None = None,
+    alpha: float = 0.0,
+) -> torch.Tensor:
+    own = torch.zeros_like(true)
+    own[torch.arange(len(rows)), torch.arange(len(rows)) + world.rank * len(rows)] = True
+    counted = own | ~true if positives == "masked" else torch.ones_like(true)
+    positive = true if positives == "soft" else own
+    target = (1 - smoothing) * positive.double() / positive.sum(1, keepdim=True)
+    target = target + smoothing * counted.double() / counted.sum(1, keepdim=True)
+    if alpha:
+        soft = (scale.detach() * target_rows @ columns.T).masked_fill(~counted, -1e30).softmax(1)
+        target = (1 - alpha) * target + alpha * soft
+    logs = (scale * rows @ columns.T).masked_fill(~counted, -1e30).log_softmax(1)
+    return -(target * logs).sum(1).mean()
 
 
 def dense_sigmoid(output: ModelOutput, world: World, positives: str) -> torch.Tensor:
@@ -311,6 +371,9 @@ def train_losses(world: World, runs: list[Run], steps: int, case: Case) -> list[
         )
         model = build_model(config, TOKENIZER, 0, world).train()
         engine = build_engine(model, settings, GLOBAL_BATCH, world)
+        momentum = None
+        if case.losses.momentum:
+            momentum = Momentum(case.losses.momentum, config, TOKENIZER, engine, world, {})
         losses, skipped = [], []
         for step in range(steps):
             set_learning_rate(engine, learning_rate(settings, step, steps))
@@ -318,10 +381,12 @@ def train_losses(world: World, runs: list[Run], steps: int, case: Case) -> list[
             spoil = step == BAD_STEP and world.rank == 1
             hook = model.image_tower.register_forward_hook(spoil_first_row) if spoil else None
             size = len(batch.ids) // run.micro_batches
-            values, output = compute_gradients(engine, batch, case.losses, step, size, world, teacher)
+            values, output = compute_gradients(engine, batch, case.losses, step, size, world, teacher, momentum)
             if hook:
                 hook.remove()
             applied = apply_gradients(engine)
+            if momentum and applied:
+                momentum.follow(output.momentum, step)
             try:
                 BadSteps(1, run.precision, world).check(step, applied, batch, values, output)
             except UserError as error:
@@ -338,6 +403,44 @@ def spoil_first_row(module: torch.nn.Module, arguments: tuple, tower: Tower) -> 
     return Tower(tower.tokens, pooled)
 
 
+class Albef:
+    """The momentum objective in plain PyTorch for one process: whole matrices, the queue one list, and after ALBEF's way of
+    writing it. True pairs share a picture or a text, as they do in `make_batch`."""
+
+    def __init__(self, model: torch.nn.Module, settings: MomentumConfig):
+        self.model, self.averaged, self.settings = model, copy.deepcopy(model).eval(), settings
+        self.past: list[tuple[torch.Tensor, torch.Tensor, int, int]] = []  # image, text, and the ids of both
+
+    def loss(self, batch: Batch, output: ModelOutput, step: int) -> torch.Tensor:
+        with torch.no_grad():
+            now = self.averaged(batch, heads=False)
+        self.batch = list(zip(now.image_embed, now.text_embed, batch.image_id, batch.text_id, strict=True))
+        queue = self.past[-self.settings.queue_samples :] if self.settings.queue_samples else []
+        images, texts, image_ids, text_ids = map(torch.stack, zip(*self.batch, *queue, strict=True))
+        true = (batch.image_id[:, None] == image_ids) | (batch.text_id[:, None] == text_ids)
+        own, scale, alpha = torch.eye(*true.shape, dtype=torch.bool), output.logit_scale, self.settings.alpha_at(step)
+        hidden = (true & ~own) * (-1e9 if self.settings.positives == "masked" else 0.0)
+        positive = (true if self.settings.positives == "soft" else own).to(images.dtype)
+        hard = positive / positive.sum(1, keepdim=True)
+        smooth, candidates = self.settings.label_smoothing, (hidden == 0).to(images.dtype)
+        hard = (1 - smooth) * hard + smooth * candidates / candidates.sum(1, keepdim=True)
+        total = 0
+        for rows, averaged, columns in (
+            (output.image_embed, now.image_embed, texts),
+            (output.text_embed, now.text_embed, images),
+        ):
+            soft = (scale.detach() * averaged @ columns.T + hidden).softmax(1)
+            logs = (scale * rows @ columns.T + hidden).log_softmax(1)
+            total = total - ((alpha * soft + (1 - alpha) * hard) * logs).sum(1).mean() / 2
+        return total
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        for average, weight in zip(self.averaged.parameters(), self.model.parameters(), strict=True):
+            average.copy_(self.settings.decay * average + (1 - self.settings.decay) * weight)
+        self.past += self.batch
+
+
 def plain_losses(steps: int, case: Case) -> list[float]:
     """The same in plain PyTorch: one process, the whole batch at once, fp32, no update in the bad step."""
     config = model_config(case)
@@ -346,6 +449,8 @@ def plain_losses(steps: int, case: Case) -> list[float]:
     model = build_model(config, TOKENIZER, 0).train()
     groups = parameter_groups(model, settings.weight_decay, settings.layer_decay)
     optimizer = torch.optim.AdamW(groups, betas=(settings.beta1, settings.beta2), eps=settings.epsilon)
+    albef = Albef(model, case.losses.momentum) if case.losses.momentum else None
+    others = case.losses.model_copy(update={"momentum": None})
     results = []
     for step in range(steps):
         for group in optimizer.param_groups:
@@ -353,11 +458,15 @@ def plain_losses(steps: int, case: Case) -> list[float]:
         batch = make_batch(config, step, World())
         output = model(batch)
         output.teacher = teacher(batch) if teacher else None
-        loss = compute_losses(case.losses, output, World())["total"]
+        loss = compute_losses(others, output, World(), step)["total"]
+        if albef:
+            loss = loss + case.losses.momentum.weight * albef.loss(batch, output, step)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip)
         if step != BAD_STEP:
             optimizer.step()
+            if albef:
+                albef.follow()
         results.append(loss.item())
     return results

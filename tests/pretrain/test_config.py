@@ -30,12 +30,12 @@ def refusal(*overrides: str) -> str:
 @pytest.mark.parametrize(
     ("override", "parts"),
     [
-        ("engine.learning_rate=1", ["engine.learning_rate: unknown key", "Valid: zero_stage, precision, lr"]),
+        ("engine.learning_rate=1", ["engine.learning_rate: unknown key", "Valid: zero_stage, offload, precision, lr"]),
         ("train.batch_sise=4", ["train.batch_sise: unknown key", "Did you mean 'batch_size'?"]),
         ("model.image.widht=4", ["model.image.widht: unknown key", "Did you mean 'width'?", "patch_size"]),
         ("losses.matchin.weight=1", ["losses.matchin: unknown key", "Did you mean 'matching'?"]),
         ("model.image.kind=vitt", ["model.image.kind: unknown kind 'vitt'", "vit, resnet"]),
-        ("model.fusion={width: 4}", ["model.fusion"]),
+        ("model.fusion={width: 4}", ["model.fusion.kind: is missing", "cross, shared, weighted, med"]),
         ("engine.lr=fast", ["engine.lr", "number", "'fast'"]),
         ("train.batch_size=8.5", ["train.batch_size", "8.5"]),
         ("train.batch_size=true", ["train.batch_size", "True"]),

@@ -67,7 +67,7 @@ def test_zero_stages_and_micro_batches_give_the_losses_of_plain_pytorch(plain: n
     ):
         assert np.isnan(losses[parity.BAD_STEP])
         others = np.arange(STEPS) != parity.BAD_STEP
-        tolerance = {"fp32": 1e-5, "bf16": 0.02}[precision]
+        tolerance = {"fp32": 1e-5, "bf16": 0.01}[precision]
         np.testing.assert_allclose(np.array(losses)[others], plain[others], rtol=tolerance, err_msg=str(run))
         assert len(skipped) == 1
         assert ("(rank 1: 8)" if run.micro_batches == 1 else "(rank 1: 8, 12)") in skipped[0]

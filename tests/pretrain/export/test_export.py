@@ -134,7 +134,7 @@ def build_export(tmp_path_factory, build_run):
     return build
 
 
-def write_run(run, key, shards, word_pieces):
+def write_run(run, key, shards, word_pieces, bias=None):
     image, text, tokenizer, log_scale = key
     values = {
         "run": str(run),
@@ -145,8 +145,9 @@ def write_run(run, key, shards, word_pieces):
             "text": TEXT_TOWERS[text],
             "tokenizer": {"kind": "clip"} if tokenizer == "clip" else {"kind": "huggingface", "name": str(word_pieces)},
             "fusion": FUSIONS.get(text, CROSS),
+            "init_logit_bias": bias,
         },
-        "losses": {"matching": {}},
+        "losses": {"matching": {}, "sigmoid": None if bias is None else {}},
         "train": {"batch_size": 4, "duration": "7 steps"},
     }
     config = check_config(values, RunConfig, "test")
@@ -158,6 +159,8 @@ def write_run(run, key, shards, word_pieces):
         if value.is_floating_point() and value.ndim == 1:
             weights[name] = value + 0.1 * torch.rand(value.shape, generator=draw)
     weights["logit_scale.log_scale"] = torch.tensor([log_scale])
+    if bias is not None:
+        weights["logit_bias.bias"] = torch.tensor([bias])
     temporary = run / "checkpoints" / "tmp_step_00000007"
     temporary.mkdir(parents=True)
     save_file(weights, temporary / checkpoint.WEIGHTS)
@@ -392,6 +395,20 @@ def write_run_without_fusion(whole, run):
         temporary, folder, {"step": 7}, {checkpoint.WEIGHTS: checkpoint.seal(temporary / checkpoint.WEIGHTS)}
     )
     return run
+
+
+@pytest.mark.parametrize("to", EXPORTS)
+def test_the_bias_of_the_sigmoid_loss_is_there_or_said_to_be_missing(to, shards, word_pieces, tmp_path):
+    towers = ("blip", "blip", "clip") if to == "blip" else ("vit", "clip", "clip")
+    (tmp_path / "run").mkdir()
+    run = write_run(tmp_path / "run", (*towers, 3.0), shards, word_pieces, bias=-7.5)
+    out = tmp_path / "export"
+    assert export(run, to, out) == 0
+    card = (out / "README.md").read_text()
+    if to in ("open_clip", "native"):
+        assert EXPORTS[to].reload(out).logit_bias == -7.5 and "- logit bias: " in card
+    else:
+        assert "no logit bias, which is -7.5" in card
 
 
 @pytest.mark.parametrize("to", EXPORTS)

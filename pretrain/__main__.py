@@ -56,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--run", required=True, help="run folder of a training run")
     command.add_argument("--to", required=True, choices=("open_clip", "huggingface", "blip", "native"))
     command.add_argument("--out", required=True, metavar="DIR", help="a new or empty folder")
+    command.add_argument("--ema", action="store_true", help="the average of the weights instead of the weights")
     command.set_defaults(function=run_export)
 
     command = commands.add_parser("checkpoint", help="look after the checkpoints of a run")
@@ -174,7 +175,7 @@ def run_export(options: argparse.Namespace, arguments: list[str]) -> int:
     set_up_logging()
     from pretrain.export import export_run
 
-    return export_run(options.run, options.to, options.out)
+    return export_run(options.run, options.to, options.out, options.ema)
 
 
 def run_checkpoint(options: argparse.Namespace, arguments: list[str]) -> int:

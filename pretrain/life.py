@@ -4,6 +4,7 @@ The run folder is the run's memory over its lives: run.lock, events.jsonl, left_
 done.json belong to this file and to those it uses; docs/resilience.md describes them.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -61,13 +62,19 @@ class Life:
         if self.world.is_main:
             if step < steps:
                 (self.run / DONE).unlink(missing_ok=True)  # of a shorter duration
-            for folder, _ in found.passed_over if found else []:
-                set_aside(folder)
-        for folder, problem in found.passed_over if found else []:
-            self.note("fallback", step, **{"from": folder.name, "to": found.folder.name, "reason": problem})
+        self.pass_over(found)
         restart = int(os.environ.get("PRETRAIN_RESTART", 0))
         facts = {"steps": steps, "world_size": self.world.size, "restart": restart, "last_seen": self.last_seen}
         self.note("start", step, **facts)
+
+    def pass_over(self, found: Found | None) -> None:
+        """Set the damaged checkpoints aside because of which an older one was taken."""
+        for folder, problem in found.passed_over if found else []:
+            if self.world.is_main:
+                set_aside(folder)
+            self.note(
+                "fallback", found.state["step"], **{"from": folder.name, "to": found.folder.name, "reason": problem}
+            )
 
     def asks(self) -> tuple[bool, bool]:
         """Whether somebody asks to stop, and whether to save, agreed by all ranks at the end of a step. Collective."""
@@ -96,6 +103,7 @@ class Life:
 
     def roll_back(self, step: int, found: Found, reason: str, batch: Batch) -> None:
         """Put on record which steps are left out before going back to `found`. Collective. Raises GiveUp."""
+        self.pass_over(found)
         keys = all_keys(batch, self.world)
         steps = list(range(max(found.state["step"], step - self.spikes.config.leave_out_steps) + 1, step + 1))
         entry = {"steps": steps, "spike": step, "to": found.state["step"], "reason": reason, "keys": keys}
@@ -133,17 +141,21 @@ class Life:
         """The end of a run which a restart does not help: a report, and the exit code."""
         if self.world.is_main:
             log.error("error: %s", error)
-            self.note("stop", self.watch.step, reason=str(error), code=EXIT_GIVE_UP)
-            last = read_events(self.run)[-20:]
-            write_json_atomic(
-                self.run / REPORT, {"reason": str(error), "left_out": self.left_out.entries, "events": last}
-            )
+            with contextlib.suppress(OSError):  # a disk that is full, too, does not change that
+                self.note("stop", self.watch.step, reason=str(error), code=EXIT_GIVE_UP)
+                report = {
+                    "reason": str(error),
+                    "left_out": self.left_out.entries,
+                    "events": read_events(self.run)[-20:],
+                }
+                write_json_atomic(self.run / REPORT, report)
         return EXIT_GIVE_UP
 
     def fail(self, error: BaseException) -> None:
         """Note an end that nobody has asked for."""
         code = 2 if isinstance(error, UserError) else 1
-        self.note("stop", self.watch.step, reason=f"{type(error).__name__}: {error}".splitlines()[0], code=code)
+        with contextlib.suppress(OSError):  # the error itself is what is to be told
+            self.note("stop", self.watch.step, reason=f"{type(error).__name__}: {error}".splitlines()[0], code=code)
 
     def write_ledger(self) -> None:
         """Where the wall time of the run went so far: RUN/ledger.json."""

@@ -25,6 +25,7 @@ from pretrain.checkpoint import CheckpointConfig, Saver
 from pretrain.config import ConfigError, ConfigModel, load_config, render_config
 from pretrain.data.loader import DataConfig, Loader
 from pretrain.data.text import build_tokenizer
+from pretrain.ema import Ema, EmaConfig
 from pretrain.engine import (
     EngineConfig,
     apply_gradients,
@@ -92,6 +93,7 @@ class RunConfig(ConfigModel):
     train: TrainConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
     watch: WatchConfig = WatchConfig()
+    ema: EmaConfig | None = None  # none: no average of the weights is kept
     spikes: SpikesConfig | None = None  # none: only what is not finite is skipped
 
     @pydantic.model_validator(mode="after")
@@ -159,7 +161,10 @@ def train_steps(config: RunConfig, life: Life, world: World) -> int:
         settings = config.losses.momentum
         return Momentum(settings, config.model, tokenizer, engine, world, extra) if settings else None
 
-    momentum = build_momentum(extra)
+    def build_ema(extra: dict[str, torch.Tensor]) -> Ema | None:
+        return Ema(config.ema, engine, world, extra) if config.ema else None
+
+    momentum, ema = build_momentum(extra), build_ema(extra)
     del extra  # as large as the towers
     steps = config.train.steps(loader.supply.epoch_samples)
     if world.is_main:
@@ -191,7 +196,7 @@ def train_steps(config: RunConfig, life: Life, world: World) -> int:
                 life.roll_back(step + 1, target, spike, batch)
                 batches.close()
                 step, extra = restore(engine, loader, life, target, identity)
-                momentum = build_momentum(extra)
+                momentum, ema = build_momentum(extra), build_ema(extra)
                 del extra
                 batches, metrics = iter(loader), metrics.go_back(step)
                 clock.leave_out()
@@ -203,6 +208,8 @@ def train_steps(config: RunConfig, life: Life, world: World) -> int:
                 applied = apply_gradients(engine)
                 if momentum and applied:
                     momentum.follow(output.momentum, step)
+                if ema and applied:
+                    ema.follow()
                 bad_keys = bad_steps.check(step + 1, applied, batch, losses, output)
                 if bad_keys is not None:
                     life.skip(step + 1, "loss or gradients not finite", bad_keys)
@@ -218,7 +225,9 @@ def train_steps(config: RunConfig, life: Life, world: World) -> int:
             metrics.log(step, values)
         if step % config.checkpoint.every_steps == 0 or step == steps or stopping or saving:
             life.watch.enter("save", step)
-            saver.save(step, run_state(config, loader, life, step, world), momentum.state() if momentum else {})
+            beside = (momentum.state() if momentum else {}) | (ema.state() if ema else {})
+            saver.save(step, run_state(config, loader, life, step, world), beside)
+            del beside
             clock.leave_out()
         else:
             saver.poll()
@@ -333,13 +342,19 @@ def versions() -> dict[str, str]:
     found = {
         name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "transformers", "open_clip_torch")
     }
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    revision = subprocess.run(git, capture_output=True, text=True, check=False) if shutil.which("git") else None
     return found | {
         "python": platform.python_version(),
         "pretrain": __version__,
-        "code_revision": revision.stdout.strip() if revision else "",
+        "code_revision": git("rev-parse", "HEAD").strip(),
     }
+
+
+def git(*arguments: str) -> str:
+    """What git says of this package's code; "" where it is installed without."""
+    if not shutil.which("git"):
+        return ""
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
 
 
 def describe_run(config: RunConfig) -> None:
@@ -350,6 +365,7 @@ def describe_run(config: RunConfig) -> None:
     with open(run / "commands.txt", "a", encoding="utf-8") as file:
         file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S %z')} {shlex.join(sys.argv)}\n")
     write_json_atomic(run / "versions.json", versions())
+    write_atomic(run / "code.patch", git("diff", "HEAD", "--", ".").encode())
 
 
 def load_run_config(run: str | Path) -> RunConfig:

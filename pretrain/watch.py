@@ -69,7 +69,7 @@ class Watch:
 
     def start(self) -> None:
         for folder in ("progress", "stacks"):
-            (self.run / folder).mkdir(exist_ok=True)
+            (self.run / folder).mkdir(parents=True, exist_ok=True)
         self.thread.start()
 
     def close(self) -> None:

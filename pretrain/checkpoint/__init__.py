@@ -149,16 +149,22 @@ def set_aside(folder: Path) -> None:
     os.replace(folder, aside)
 
 
-def load_weights(run: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """fp32 weights of the newest whole checkpoint by parameter name, and its state. Raises UserError if there is none."""
+def load_weights(
+    run: str | Path, with_extra: bool = False
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+    """Of the newest whole checkpoint: fp32 weights by parameter name, the `extra` if asked for, else {}, and its state.
+
+    Raises UserError if there is none.
+    """
     found = folders(run)
     if not found:
         raise UserError(f"{run}: holds no checkpoint. Give the run folder of a training run (its `run:` key)")
     for folder in reversed(found):
         try:
             state = read_state(folder)
-            check_files(folder, state, [WEIGHTS])
-            return load_file(folder / WEIGHTS), state
+            names = [name for name in (WEIGHTS, EXTRA)[: 1 + with_extra] if name in state["files"]]
+            check_files(folder, state, names)
+            return load_file(folder / WEIGHTS), load_file(folder / EXTRA) if EXTRA in names else {}, state
         except (UserError, SafetensorError) as error:
             log.warning("%s; trying the one before", error)
     raise UserError(f"{run}: none of its {len(found)} checkpoints is whole. Start a new run folder: run=...")

@@ -30,6 +30,7 @@ from data_tools.errors import UserError
 from pretrain import checkpoint
 from pretrain.__main__ import main
 from pretrain.checkpoint.mirror import Mirror
+from pretrain.restore import load_run
 from pretrain.world import World
 
 STEPS = 8
@@ -383,3 +384,26 @@ def test_a_target_that_is_gone_costs_a_warning_or_says_so(tmp_path: Path, whole_
     with pytest.raises(UserError, match="cannot be read|nosuch"):
         checkpoint.find_newest(tmp_path / "fresh", World(), "nosuch://bucket/run")
     assert checkpoint.find_newest(tmp_path / "fresh", World(), str(tmp_path / "empty")) is None
+
+
+def test_an_average_of_the_weights_is_kept_resumed_and_exported(shards: Path, tmp_path: Path) -> None:
+    """Against a twin that averages the checkpoints of every step; also over a stop, other ranks and another ZeRO stage."""
+    run = tmp_path / "run"
+    each = ["ema={decay: 0.75}", "checkpoint.every_steps=1", "checkpoint.keep=9", "train.duration=5 steps"]
+    life = live(shards, run, *each, hook=StopAfter(3))
+    assert life.wait(grace_s=20) == [85, 85], life.stderr()
+    life = live(shards, run, *each, "engine.zero_stage=3", ranks=1)
+    assert life.wait() == [0], life.stderr()
+    steps = [load_file(folder / checkpoint.WEIGHTS) for folder in checkpoint.folders(run)]
+    saved = [load_file(folder / checkpoint.EXTRA) for folder in checkpoint.folders(run)]
+    for name, weight in steps[0].items():
+        if (average := saved[0].get(f"ema.{name}")) is not None:
+            for values, found in zip(steps[1:], saved[1:], strict=True):
+                average = average.lerp(values[name], 0.25)
+                assert torch.equal(found[f"ema.{name}"], average), name
+            assert average.shape == weight.shape
+    assert len(saved[0]) > 90
+    out = tmp_path / "export"
+    assert main(["export", "--run", str(run), "--to", "native", "--out", str(out), "--ema"]) == 0
+    exported = load_run(run, ema=True).model.state_dict()
+    assert all(torch.equal(exported[name.removeprefix("ema.")], value) for name, value in saved[-1].items())

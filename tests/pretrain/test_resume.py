@@ -85,36 +85,43 @@ def kill_while_pruning(run: Path) -> None:
     checkpoint.prune = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
 
 
-def resume_after_kills(shards: Path, run: Path, whole_run: Path, kills: int, seed: int) -> None:
-    """Kill a random rank at a random instant, each time during a save if one is met there; then run to the end."""
+def resume_after_kills(shards: Path, folder: Path, whole_run: Path, kills: int, seed: int) -> None:
+    """Kill a random rank at a random instant, every other time within a save; a run that gets to its end nevertheless is
+    compared with the one that nothing interrupted, and the next kills are of a new run."""
     draw = random.Random(seed)
     hooks = [kill_while_saving, None, kill_before_the_name, None, kill_while_pruning, None]
-    for kill in range(kills):
-        hook = hooks[kill % len(hooks)]
+    runs, killed = [folder / "run-0"], 0
+    while killed < kills:
+        run, hook = runs[-1], hooks[killed % len(hooks)]
+        lives_before = len(events_of(run, "start"))
         life = live(shards, run, hook=hook)
         if hook is None:
-            wait_for(lambda: (run / "progress").exists(), life)
-            time.sleep(draw.uniform(0.5, 4))
+            wait_for(lambda run=run, before=lives_before: len(events_of(run, "start")) > before, life)
+            time.sleep(draw.uniform(0, 1))
             if life.processes[0].is_alive():
                 life.kill(draw.randrange(RANKS))
         codes = life.wait()
         assert set(codes) <= {0, 86, -signal.SIGKILL}, life.stderr()
-        for folder in checkpoint.folders(run):  # whole or absent
-            assert checkpoint.verify(folder, World())[0] is not None
-        (run / "done.json").unlink(missing_ok=True)
-    life = live(shards, run)
-    assert life.wait() == [0, 0], life.stderr()
-    assert_same_run(run, whole_run)
-    assert not events_of(run, "fallback")
+        killed += codes != [0, 0]
+        for checkpoint_folder in checkpoint.folders(run):  # whole or absent
+            assert checkpoint.verify(checkpoint_folder, World())[0] is not None
+        if (run / "done.json").exists():
+            runs.append(folder / f"run-{len(runs)}")
+    if not (runs[-1] / "done.json").exists():
+        life = live(shards, runs[-1])
+        assert life.wait() == [0, 0], life.stderr()
+    for run in runs:
+        assert_same_run(run, whole_run)
+        assert not events_of(run, "fallback")
 
 
 def test_a_run_killed_at_random_instants_resumes_bit_for_bit(shards: Path, tmp_path: Path, whole_run: Path) -> None:
-    resume_after_kills(shards, tmp_path / "run", whole_run, kills=3, seed=1)
+    resume_after_kills(shards, tmp_path, whole_run, kills=3, seed=1)
 
 
 @pytest.mark.faults
 def test_a_run_killed_at_twenty_instants_resumes_bit_for_bit(shards: Path, tmp_path: Path, whole_run: Path) -> None:
-    resume_after_kills(shards, tmp_path / "run", whole_run, kills=20, seed=2)
+    resume_after_kills(shards, tmp_path, whole_run, kills=20, seed=2)
 
 
 def test_files_ask_for_a_save_and_for_a_stop(shards: Path, tmp_path: Path, whole_run: Path) -> None:

@@ -1,4 +1,4 @@
-"""The commands: python -m pretrain train | evaluate | export | doctor | demo."""
+"""The commands: python -m pretrain train | evaluate | export | checkpoint | doctor | demo."""
 
 import argparse
 import logging
@@ -56,7 +56,27 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--run", required=True, help="run folder of a training run")
     command.add_argument("--to", required=True, choices=("open_clip", "huggingface", "blip", "native"))
     command.add_argument("--out", required=True, metavar="DIR", help="a new or empty folder")
+    command.add_argument("--ema", action="store_true", help="the average of the weights instead of the weights")
     command.set_defaults(function=run_export)
+
+    command = commands.add_parser("checkpoint", help="look after the checkpoints of a run")
+    tasks = command.add_subparsers(required=True, metavar="TASK")
+    texts = {
+        "list": "each with its step, size and layout",
+        "verify": "read every byte; exit code 1 if one is damaged",
+        "consolidate": "weights and moments of a sharded checkpoint, each in one safetensors file",
+        "prune": "remove all but the last ones",
+    }
+    for name, text in texts.items():
+        task = tasks.add_parser(name, help=text)
+        task.add_argument("run", metavar="RUN", help="run folder of a training run")
+        task.set_defaults(function=run_checkpoint, task=name)
+        if name == "consolidate":
+            task.add_argument("--out", required=True, metavar="DIR", help="a new or empty folder")
+            task.add_argument("--step", type=positive, metavar="N", help="of this step (the newest)")
+        if name == "prune":
+            task.add_argument("--keep", type=positive, default=2, metavar="N", help="the last N stay (2)")
+            task.add_argument("--keep-every", type=positive, metavar="M", help="and those of each M-th step")
 
     command = commands.add_parser("doctor", help="look into what a config would do, without training")
     checks = command.add_subparsers(required=True, metavar="CHECK")
@@ -155,7 +175,20 @@ def run_export(options: argparse.Namespace, arguments: list[str]) -> int:
     set_up_logging()
     from pretrain.export import export_run
 
-    return export_run(options.run, options.to, options.out)
+    return export_run(options.run, options.to, options.out, options.ema)
+
+
+def run_checkpoint(options: argparse.Namespace, arguments: list[str]) -> int:
+    set_up_logging()
+    from pretrain.checkpoint import commands
+
+    if options.task == "list":
+        return commands.list_checkpoints(options.run)
+    if options.task == "verify":
+        return commands.verify_checkpoints(options.run)
+    if options.task == "consolidate":
+        return commands.consolidate(options.run, options.out, options.step)
+    return commands.prune_checkpoints(options.run, options.keep, options.keep_every)
 
 
 def run_doctor_order(options: argparse.Namespace, arguments: list[str]) -> int:
@@ -193,8 +226,9 @@ def as_rank(function) -> int:
     """Join the job, run `function(world)`, leave the job.
 
     A user's mistake is mostly found by all ranks at once. Rank 0 tells it; the others wait, to be ended with it, and
-    speak only if they are still there. So do those that lose a rank which has something to tell.
+    speak only if they are still there. So do those that lose a rank which has something to tell: a restart may help them.
     """
+    from pretrain.signals import EXIT_RESTART
     from pretrain.world import connect, disconnect, is_lost_connection
 
     world = connect()
@@ -208,7 +242,8 @@ def as_rank(function) -> int:
         if not is_lost_connection(error):
             raise
         time.sleep(LOST_SPEAK_AFTER_S)
-        raise UserError("another rank has ended; what it says of that is in its own output") from None
+        print("error: another rank has ended; what it says of that is in its own output", file=sys.stderr, flush=True)
+        return EXIT_RESTART
     finally:
         disconnect()
 

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_tools.errors import UserError
 from pretrain.contract import Batch, ModelOutput, TeacherOutput
 from pretrain.engine import one_reduction
 from pretrain.losses import EMBEDDING_LOSSES, PAIR_LOSSES, LossesConfig, compute_losses
 from pretrain.momentum import Momentum
+from pretrain.spikes import GiveUp
 from pretrain.world import World
 
 log = logging.getLogger(__name__)
@@ -119,14 +119,19 @@ class BadSteps:
         self.limit, self.precision, self.world = limit, precision, world
         self.total = self.in_a_row = 0
 
-    def check(self, step: int, applied: bool, batch: Batch, losses: dict[str, Tensor], output: ModelOutput) -> None:
-        """Take note of a step. Collective where it was not applied. Raises UserError after `limit` bad steps in a row."""
+    def check(
+        self, step: int, applied: bool, batch: Batch, losses: dict[str, Tensor], output: ModelOutput
+    ) -> list[str] | None:
+        """Take note of a step; of a bad one, returns the keys of the samples to blame. Collective where it was not applied.
+
+        Raises GiveUp after `limit` bad steps in a row.
+        """
         if applied:
             self.in_a_row = 0
-            return
+            return None
         by_embedding, by_loss = zip(*self.world.gather_objects(find_bad_keys(batch, losses, output)), strict=True)
         if self.precision == "fp16" and not any(by_loss):
-            return  # the loss scale was too large; DeepSpeed has made it smaller
+            return None  # the loss scale was too large; DeepSpeed has made it smaller
         # One bad embedding spoils the losses of every rank that compares with it, so those tell less.
         found = by_embedding if any(by_embedding) else by_loss
         self.total += 1
@@ -134,12 +139,13 @@ class BadSteps:
         places = [f"rank {rank}: {', '.join(keys)}" for rank, keys in enumerate(found) if keys]
         where = "; ".join(places) or "the losses are finite, the gradients are not"
         if self.in_a_row >= self.limit:
-            raise UserError(
+            raise GiveUp(
                 f"step {step}: loss or gradients not finite, as in {self.in_a_row} steps in a row ({where}). They changed no "
                 "weights. Look at these samples, lower engine.lr, or set engine.precision=bf16 or fp32"
             )
         if self.world.is_main:
             log.warning("step %d: loss or gradients not finite, step skipped (%s)", step, where)
+        return [key for keys in found for key in keys]
 
 
 def find_bad_keys(

@@ -1,6 +1,6 @@
 """The optimiser's side of a step: parameter groups, schedule, DeepSpeed's generated config, and the engine.
 
-This file and checkpoint.py are the only ones that know DeepSpeed.
+This file and checkpoint/ are the only ones that know DeepSpeed.
 """
 
 import contextlib
@@ -176,6 +176,42 @@ def one_reduction(engine: Any) -> Iterator[None]:
         with engine.no_sync():
             yield
         engine.allreduce_gradients()
+
+
+def gradient_norm(engine: Any) -> float:
+    """The global norm of the gradients that the next step would apply, before clipping. Collective.
+
+    Infinite if one of them is not finite.
+    """
+    from deepspeed.runtime.utils import combine_grad_norm_groups
+
+    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
+    scale = optimizer.cur_scale if engine.fp16_enabled() else 1.0
+    if stage == 3:
+        norm = float(combine_grad_norm_groups(optimizer._get_norm_groups()))
+    elif stage:
+        norm = float(optimizer.scaled_global_norm())
+    else:
+        gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+    return norm / scale if math.isfinite(norm) and norm >= 0 else math.inf  # DeepSpeed says -1 then
+
+
+def drop_gradients(engine: Any) -> None:
+    """End a step without applying its gradients: weights, moments and loss scale stay as they are."""
+    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
+    if stage == 3:
+        optimizer._overflow_clean_up(optimizer.loss_scale)
+    elif stage:
+        optimizer.zero_grad(set_to_none=True)
+        optimizer._release_preflattened_grad_buffers()
+        if optimizer.cpu_offload:
+            optimizer.reset_cpu_buffers()
+        else:
+            for group in optimizer.averaged_gradients:
+                optimizer.averaged_gradients[group] = optimizer.all_grad_tensors[group] = None
+    else:
+        engine.zero_grad()
 
 
 def apply_gradients(engine: Any) -> bool:

@@ -17,7 +17,7 @@ class Metrics:
     """Appends to RUN/metrics.jsonl and RUN/tensorboard, and shows progress, from step `first_step` to `steps`."""
 
     def __init__(self, run: str | Path, first_step: int, steps: int, enabled: bool):
-        self.enabled, self.steps = enabled, steps
+        self.run, self.enabled, self.steps = run, enabled, steps
         self.started_s, self.first_step = time.perf_counter(), first_step
         if not enabled:
             return
@@ -56,6 +56,11 @@ class Metrics:
             print(f"step {step}/{self.steps}: {text}, {tqdm.format_interval(left_s)} left", file=sys.stderr, flush=True)
         else:
             self.bar.set_postfix_str(text)
+
+    def go_back(self, step: int) -> "Metrics":
+        """The metrics of a run that goes on from an earlier `step`: what was logged after it is forgotten."""
+        self.close()
+        return Metrics(self.run, step, self.steps, self.enabled)
 
     def close(self) -> None:
         if self.enabled:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from data_tools.errors import UserError
 from pretrain.checkpoint import load_weights
 from pretrain.data.text import Tokenizer, build_tokenizer
+from pretrain.ema import averaged
 from pretrain.model.model import ImageTextModel, build_model
 from pretrain.train import RunConfig, load_run_config
 
@@ -20,10 +21,15 @@ class LoadedRun:
     step: int  # training steps done
 
 
-def load_run(run: str | Path) -> LoadedRun:
-    """The model of the newest whole checkpoint. Raises UserError if there is none, or if it does not fit the config."""
+def load_run(run: str | Path, ema: bool = False) -> LoadedRun:
+    """The model of the newest whole checkpoint, or of the average of its weights.
+
+    Raises UserError if there is none, or if it does not fit the config.
+    """
     config = load_run_config(run)
-    weights, state = load_weights(run)
+    weights, extra, state = load_weights(run, with_extra=ema)
+    if ema:
+        weights = averaged(weights, extra, str(run))
     tokenizer = build_tokenizer(config.model.tokenizer, config.model.text.context_length)
     model = build_model(config.model, tokenizer, config.seed).eval()
     set_weights(model, weights, f"{run}: the checkpoint does not fit its config.yaml")

@@ -1,8 +1,18 @@
-"""Being asked to stop: SIGTERM, SIGINT or SIGUSR1 end a run at its next step, after a checkpoint."""
+"""Being asked to stop or to save: signals, and the files STOP and SAVE in the run folder.
+
+SIGTERM, SIGINT, SIGUSR1 and RUN/STOP end a run at its next step, after a checkpoint; RUN/SAVE makes one and goes on.
+"""
 
 import signal
 import sys
+from pathlib import Path
 from types import FrameType
+
+EXIT_SAVED = 85  # asked to stop, checkpoint written: a launcher starts the same command again
+EXIT_RESTART = 86  # another rank did not arrive, or has gone: start again
+EXIT_GIVE_UP = 87  # a restart cannot help: read the report
+
+STOP, SAVE = "STOP", "SAVE"
 
 
 class StopRequest:
@@ -27,3 +37,14 @@ class StopRequest:
             raise KeyboardInterrupt
         self.requested = True
         print(f"{signal.Signals(number).name}: saving after this step ...", file=sys.stderr, flush=True)
+
+
+def asked(run: str | Path, name: str) -> bool:
+    """Whether somebody has put the file STOP or SAVE into the run folder."""
+    return (Path(run) / name).exists()
+
+
+def answered(run: str | Path, *names: str) -> None:
+    """Take the files away, as what they asked for is done."""
+    for name in names:
+        (Path(run) / name).unlink(missing_ok=True)

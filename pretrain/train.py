@@ -21,30 +21,34 @@ from data_tools.errors import UserError
 from data_tools.files import write_atomic, write_json_atomic
 from pretrain import __version__, checkpoint
 from pretrain.accumulate import BadSteps, compute_gradients
+from pretrain.checkpoint import CheckpointConfig, Saver
 from pretrain.config import ConfigError, ConfigModel, load_config, render_config
 from pretrain.data.loader import DataConfig, Loader
 from pretrain.data.text import build_tokenizer
+from pretrain.ema import Ema, EmaConfig
 from pretrain.engine import (
     EngineConfig,
     apply_gradients,
     build_engine,
+    drop_gradients,
     import_deepspeed,
     learning_rate,
     set_learning_rate,
 )
+from pretrain.events import lock_run
 from pretrain.flops import count_flops, peak_tflops, utilisation
+from pretrain.life import Life, all_keys
 from pretrain.losses import LOSSES, LossesConfig
 from pretrain.metrics import Clock, Metrics, peak_memory_gib
 from pretrain.model.model import ModelConfig, build_model
 from pretrain.model.warm_start import warm_start
 from pretrain.momentum import Momentum
 from pretrain.randomness import seed_torch
-from pretrain.signals import StopRequest
+from pretrain.spikes import GiveUp, SpikesConfig
+from pretrain.watch import WatchConfig
 from pretrain.world import World
 
 log = logging.getLogger(__name__)
-
-EXIT_SAVED = 85  # asked to stop, checkpoint written: a launcher starts the same command again
 
 
 def check_duration(text: str) -> str:
@@ -62,8 +66,6 @@ class TrainConfig(ConfigModel):
     micro_batch_size: int | None = pydantic.Field(default=None, ge=1)
     duration: Annotated[str, pydantic.AfterValidator(check_duration)]  # "2000 steps", "30 epochs", "500000 samples"
     log_every_steps: int = pydantic.Field(default=10, ge=1)
-    checkpoint_every_steps: int = pydantic.Field(default=1000, ge=1)
-    keep_checkpoints: int = pydantic.Field(default=2, ge=1)
     resume: Literal["auto", "never"] = "auto"
     max_bad_steps: int = pydantic.Field(default=10, ge=1)  # in a row, skipped for a loss or gradient that is not finite
 
@@ -89,6 +91,10 @@ class RunConfig(ConfigModel):
     losses: LossesConfig = LossesConfig()
     engine: EngineConfig = EngineConfig()
     train: TrainConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    watch: WatchConfig = WatchConfig()
+    ema: EmaConfig | None = None  # none: no average of the weights is kept
+    spikes: SpikesConfig | None = None  # none: only what is not finite is skipped
 
     @pydantic.model_validator(mode="after")
     def check_losses(self) -> "RunConfig":
@@ -114,14 +120,28 @@ class RunConfig(ConfigModel):
 
 def train(config: RunConfig, world: World) -> int:
     """Train for the configured duration, on from the newest checkpoint if there is one. Returns the exit code."""
-    stop = StopRequest()
+    with lock_run(config.run, world):
+        life = Life(config.run, config.watch, config.spikes, world)
+        try:
+            return train_steps(config, life, world)
+        except GiveUp as error:
+            return life.give_up(error)
+        except BaseException as error:
+            life.fail(error)
+            raise
+        finally:
+            life.close()
+
+
+def train_steps(config: RunConfig, life: Life, world: World) -> int:
     import_deepspeed()  # before transformers does, which would not keep its linker quiet
     tokenizer = build_tokenizer(config.model.tokenizer, config.model.text.context_length)
     image_size, batch_size = config.model.image.image_size, config.train.batch_size
     loader = Loader(config.data, tokenizer, image_size, batch_size, config.seed, world)
     newest = find_checkpoint(config, world)
     model = build_model(config.model, tokenizer, config.seed, world).train()
-    check_micro_batches(model, config.train, world)
+    micro_batch_size = fit_micro_batch(config.train, newest, world)
+    check_micro_batches(model, micro_batch_size, batch_size // world.size)
     teacher = None
     if config.losses.distill:
         # Here, because it reads exports, and what writes those reads runs, and so this module.
@@ -134,10 +154,17 @@ def train(config: RunConfig, world: World) -> int:
     peak = peak_tflops(world.device)
     flops = count_flops(model, config.losses) if peak else 0.0
     engine = build_engine(model, config.engine, batch_size, world)
-    step, extra = restore(engine, loader, *newest) if newest else (0, {})
-    momentum = None
-    if config.losses.momentum:
-        momentum = Momentum(config.losses.momentum, config.model, tokenizer, engine, world, extra)
+    identity = run_identity(config, world)
+    step, extra = restore(engine, loader, life, newest, identity) if newest else (0, {})
+
+    def build_momentum(extra: dict[str, torch.Tensor]) -> Momentum | None:
+        settings = config.losses.momentum
+        return Momentum(settings, config.model, tokenizer, engine, world, extra) if settings else None
+
+    def build_ema(extra: dict[str, torch.Tensor]) -> Ema | None:
+        return Ema(config.ema, engine, world, extra) if config.ema else None
+
+    momentum, ema = build_momentum(extra), build_ema(extra)
     del extra  # as large as the towers
     steps = config.train.steps(loader.supply.epoch_samples)
     if world.is_main:
@@ -148,49 +175,83 @@ def train(config: RunConfig, world: World) -> int:
     clock = Clock()
     metrics = Metrics(config.run, step, steps, enabled=world.is_main)
     bad_steps = BadSteps(config.train.max_bad_steps, config.engine.precision, world)
+    saver = Saver(engine, config.run, config.checkpoint, world, life.saved)
     batches = iter(loader)
-    stopping = world.any(stop.requested)
+    life.start(step, steps, newest)
+    stopping, saving = life.asks()
     while step < steps and not stopping:
+        life.watch.enter("data", step)
         batch = next(batches).to(world.device)
         clock.data_ready()
-        set_learning_rate(engine, learning_rate(config.engine, step, steps))
-        seed_torch(config.seed, step, world.rank)
-        micro_batch_size = config.train.micro_batch_size
-        losses, output = compute_gradients(
-            engine, batch, config.losses, step, micro_batch_size, world, teacher, momentum
-        )
-        applied = apply_gradients(engine)
-        if momentum and applied:
-            momentum.follow(output.momentum, step)
+        life.watch.enter("step", step)
+        trained = step + 1 not in life.left_out.steps
+        if trained:
+            set_learning_rate(engine, learning_rate(config.engine, step, steps))
+            seed_torch(config.seed, step, world.rank)
+            losses, output = compute_gradients(
+                engine, batch, config.losses, step, micro_batch_size, world, teacher, momentum
+            )
+            spike = life.judge(step + 1, losses["total"], engine)
+            if spike and (target := life.rollback_target(saver)):
+                life.roll_back(step + 1, target, spike, batch)
+                batches.close()
+                step, extra = restore(engine, loader, life, target, identity)
+                momentum, ema = build_momentum(extra), build_ema(extra)
+                del extra
+                batches, metrics = iter(loader), metrics.go_back(step)
+                clock.leave_out()
+                continue
+            if spike:
+                drop_gradients(engine)
+                life.skip(step + 1, spike, all_keys(batch, world))
+            else:
+                applied = apply_gradients(engine)
+                if momentum and applied:
+                    momentum.follow(output.momentum, step)
+                if ema and applied:
+                    ema.follow()
+                bad_keys = bad_steps.check(step + 1, applied, batch, losses, output)
+                if bad_keys is not None:
+                    life.skip(step + 1, "loss or gradients not finite", bad_keys)
         step += 1
-        bad_steps.check(step, applied, batch, losses, output)
         clock.step_done()
         loader.close_epochs()
         metrics.step_done()
-        stopping = world.any(stop.requested)
-        if step % config.train.log_every_steps == 0 or step in (1, steps):
+        stopping, saving = life.asks()
+        if trained and (step % config.train.log_every_steps == 0 or step in (1, steps)):
             values = measure(engine, losses, loader, bad_steps, world) | clock.rates(batch_size)
             if peak:
                 values |= utilisation(flops, values["rate/samples_per_s"], peak, world)
             metrics.log(step, values)
-        if step % config.train.checkpoint_every_steps == 0 or step == steps or stopping:
-            state = run_state(config, loader, step, world)
-            beside = momentum.state() if momentum else {}
-            checkpoint.save(engine, config.run, step, state, config.train.keep_checkpoints, world, beside)
+        if step % config.checkpoint.every_steps == 0 or step == steps or stopping or saving:
+            life.watch.enter("save", step)
+            beside = (momentum.state() if momentum else {}) | (ema.state() if ema else {})
+            saver.save(step, run_state(config, loader, life, step, world), beside)
             del beside
             clock.leave_out()
-    stop.ignore()
+        else:
+            saver.poll()
+    saver.close()
     batches.close()
     metrics.close()
-    if step < steps:
-        log.info("stopped as asked after step %d of %d. Run the same command again to go on", step, steps)
-        return EXIT_SAVED
-    return 0
+    return life.end(step, steps)
 
 
-def check_micro_batches(model: torch.nn.Module, config: TrainConfig, world: World) -> None:
-    """Raises ConfigError for micro-batches of unequal size, and for a model that would see them differently."""
+def fit_micro_batch(config: TrainConfig, found: checkpoint.Found | None, world: World) -> int | None:
+    """Pairs that a rank computes at once: as configured, but where a run goes on with another number of ranks, and so
+    another number of pairs a rank, the greatest divisor of these up to the configured size."""
     size, rows = config.micro_batch_size, config.batch_size // world.size
+    if size is None or size >= rows or not found or found.state["world_size"] == world.size:
+        return size
+    fitting = next(part for part in range(size, 0, -1) if rows % part == 0)
+    if fitting != size and world.is_main:
+        log.info("train.micro_batch_size: %d does not divide the %d pairs of a rank; %d instead", size, rows, fitting)
+    return fitting
+
+
+def check_micro_batches(model: torch.nn.Module, size: int | None, rows: int) -> None:
+    """Raises ConfigError for micro-batches of unequal size among a rank's `rows`, and for a model that would see them
+    differently."""
     if size is None or size >= rows:
         return
     if rows % size:
@@ -226,27 +287,35 @@ def size_of(engine: Any) -> str:
     return f"{parameters / 1e6:.1f} M parameters"
 
 
-def find_checkpoint(config: RunConfig, world: World) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint to go on from, the same on every rank. Raises UserError if this config does not fit it."""
-    existing = world.share(checkpoint.find_newest(config.run) if world.is_main else None)
-    if existing is None:
+def find_checkpoint(config: RunConfig, world: World) -> checkpoint.Found | None:
+    """The checkpoint to go on from, the same on every rank. Raises UserError if this config does not fit it. Collective."""
+    found = checkpoint.find_newest(config.run, world, config.checkpoint.target)
+    if found is None:
         return None
-    folder, state = existing
     if config.train.resume == "never":
-        raise UserError(f"{config.run}: already holds {folder.name}. Choose another run folder, or train.resume=auto")
-    checkpoint.check_same_run(state, run_identity(config, world), folder)
-    return existing
+        raise UserError(
+            f"{config.run}: already holds {found.folder.name}. Choose another run folder, or train.resume=auto"
+        )
+    checkpoint.check_same_run(found.state, run_identity(config, world), found.folder)
+    return found
 
 
-def restore(engine: Any, loader: Loader, folder: Path, state: dict[str, Any]) -> tuple[int, dict[str, torch.Tensor]]:
-    """Put engine and loader where the checkpoint was taken; returns the steps done, and what was saved beside. Collective."""
-    extra = checkpoint.restore(engine, folder)
-    loader.restore(state["loader"])
-    return state["step"], extra
+def restore(
+    engine: Any, loader: Loader, life: Life, found: checkpoint.Found, identity: dict[str, Any]
+) -> tuple[int, dict[str, torch.Tensor]]:
+    """Put engine, loader and the measure of spikes where the checkpoint was taken. Collective.
+
+    Returns the steps done, and what was saved beside.
+    """
+    extra = checkpoint.restore(engine, found.folder, found.state, identity)
+    loader.restore(found.state["loader"])
+    if life.spikes:
+        life.spikes.restore(found.state["spikes"])
+    return found.state["step"], extra
 
 
 def run_identity(config: RunConfig, world: World) -> dict[str, Any]:
-    """What must not change between a checkpoint and its continuation."""
+    """What a checkpoint depends on: the model and the precision must not change until its continuation, the rest may."""
     return {
         "world_size": world.size,
         "model": config.model.model_dump(exclude={"warm_start", "checkpoint_activations", "compile"}),
@@ -254,12 +323,14 @@ def run_identity(config: RunConfig, world: World) -> dict[str, Any]:
     }
 
 
-def run_state(config: RunConfig, loader: Loader, step: int, world: World) -> dict[str, Any]:
-    """What a checkpoint's state.json says, beside its list of files."""
+def run_state(config: RunConfig, loader: Loader, life: Life, step: int, world: World) -> dict[str, Any]:
+    """What a checkpoint's state.json says, beside its list of files. Collective."""
     return {
-        "format": 1,
+        "format": 2,
         "step": step,
         "loader": loader.state(),
+        "spikes": life.spikes.state() if life.spikes else {},
+        "left_out": sorted(life.left_out.steps),
         **run_identity(config, world),
         "config": config.model_dump(),
         "versions": versions(),
@@ -271,13 +342,19 @@ def versions() -> dict[str, str]:
     found = {
         name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "transformers", "open_clip_torch")
     }
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    revision = subprocess.run(git, capture_output=True, text=True, check=False) if shutil.which("git") else None
     return found | {
         "python": platform.python_version(),
         "pretrain": __version__,
-        "code_revision": revision.stdout.strip() if revision else "",
+        "code_revision": git("rev-parse", "HEAD").strip(),
     }
+
+
+def git(*arguments: str) -> str:
+    """What git says of this package's code; "" where it is installed without."""
+    if not shutil.which("git"):
+        return ""
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
 
 
 def describe_run(config: RunConfig) -> None:
@@ -288,6 +365,7 @@ def describe_run(config: RunConfig) -> None:
     with open(run / "commands.txt", "a", encoding="utf-8") as file:
         file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S %z')} {shlex.join(sys.argv)}\n")
     write_json_atomic(run / "versions.json", versions())
+    write_atomic(run / "code.patch", git("diff", "HEAD", "--", ".").encode())
 
 
 def load_run_config(run: str | Path) -> RunConfig:

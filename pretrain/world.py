@@ -76,6 +76,13 @@ class World:
         dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.host_group)
         return bool(value.item())
 
+    def add(self, values: list[float]) -> list[float]:
+        """The sums over ranks of a few numbers of the host's."""
+        sums = torch.tensor(values, dtype=torch.float64)
+        if self.size > 1:
+            dist.all_reduce(sums, group=self.host_group)
+        return sums.tolist()
+
     def share(self, value: object) -> object:
         """Rank 0's value on every rank."""
         if self.size == 1:

@@ -27,8 +27,9 @@ __all__ = ["EXPORTS", "LoadedModel", "export_run", "load"]
 EXPORTS: dict[str, ModuleType] = {"open_clip": open_clip, "huggingface": huggingface, "blip": blip, "native": native}
 
 
-def export_run(run: str | Path, to: str, out: str | Path) -> int:
-    """Write the run's newest weights as format `to` into the new or empty folder `out`; returns the exit code.
+def export_run(run: str | Path, to: str, out: str | Path, ema: bool = False) -> int:
+    """Write the run's newest weights, or their average, as format `to` into the new or empty folder `out`; returns the exit
+    code.
 
     The folder appears under its name only after its own library has loaded it and given the run's embeddings.
     Raises UserError, and leaves nothing behind, if `out` is in use, the format cannot hold the model, or what comes
@@ -36,7 +37,7 @@ def export_run(run: str | Path, to: str, out: str | Path) -> int:
     """
     out, export = Path(out).resolve(), EXPORTS[to]
     refuse_used(out)
-    source = load_run(run)
+    source = load_run(run, ema)
     probes = build_probes(source.config)
     with make_folder(out) as folder:
         try:

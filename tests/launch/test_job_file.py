@@ -93,7 +93,7 @@ def test_the_page_explains_every_key():
 
 
 def test_the_trainer_and_the_script_agree_on_the_exit_code():
-    trainer = (ROOT / "pretrain/train.py").read_text()
+    trainer = (ROOT / "pretrain/signals.py").read_text()
     assert re.search(r"^EXIT_SAVED = 85\b", trainer, re.MULTILINE)
 
 

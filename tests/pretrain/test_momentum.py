@@ -140,7 +140,8 @@ def begin(world: World, stage: int, precision: str, saved: Path | None) -> tuple
         for parameter in model.parameters():
             parameter.data += 0.1  # so that what is not restored shows
     engine = build_engine(model, EngineConfig(zero_stage=stage, precision=precision), parity.GLOBAL_BATCH, world)
-    extra = checkpoint.restore(engine, saved) if saved else {}
+    layout = {"world_size": world.size, "engine": {"zero_stage": stage, "precision": precision}}
+    extra = checkpoint.restore(engine, saved, layout, layout) if saved else {}
     return engine, Momentum(FOLLOWING, CONFIG, TOKENIZER, engine, world, extra)
 
 
@@ -180,12 +181,14 @@ def follow_and_resume(world: World, folder: str, runs: list[tuple[int, str]]) ->
                 averages = {name: average.lerp(weights[name], 0.25) for name, average in averages.items()}
             if step + 1 == SAVED_STEPS:
                 state, run = momentum.state(), f"{folder}/{stage}{precision}"
-                saved = checkpoint.save(engine, run, SAVED_STEPS, {"step": SAVED_STEPS}, 1, world, state)
+                saved = []
+                saver = checkpoint.Saver(engine, run, checkpoint.CheckpointConfig(), world, saved.append)
+                saver.save(SAVED_STEPS, {"step": SAVED_STEPS}, state)
         state, towers = momentum.state(), momentum.towers.state_dict()
         engine.destroy()
         exact = all(torch.equal(state[f"momentum.weights.{name}"], value) for name, value in averages.items())
         cast = all(torch.equal(towers[name], value.to(towers[name].dtype)) for name, value in averages.items())
-        engine, momentum = begin(world, stage, precision, saved)
+        engine, momentum = begin(world, stage, precision, saved[0].folder)
         again = [take_step(world, engine, momentum, step) for step in range(SAVED_STEPS, LAST_STEP + 1)]
         last = momentum.state()
         engine.destroy()

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from data_tools.errors import UserError
 from pretrain.__main__ import main
 from pretrain.config import ConfigError, load_config
-from pretrain.train import RunConfig, TrainConfig, check_micro_batches, find_checkpoint
+from pretrain.train import RunConfig, check_micro_batches, find_checkpoint
 from pretrain.world import World
 
 STEPS = 8
@@ -141,26 +141,14 @@ def test_a_checkpoint_of_another_model_is_refused_in_one_line(shards: Path, whol
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["engine.zero_stage=1"], "engine.zero_stage 2, now it is 1"),
         (["engine.precision=bf16"], "engine.precision fp32, now it is bf16"),
         (["model.text.width=64"], "model.text.width 32, now it is 64"),
-        ([], "world_size 2, now it is 1"),
     ],
 )
 def test_what_must_not_change_is_named(overrides: list[str], message: str, whole_run: Path) -> None:
     config = load_config(whole_run / "config.yaml", overrides, RunConfig)
     with pytest.raises(UserError, match=message):
-        find_checkpoint(config, World() if not overrides else WorldOfTwo())
-
-
-class WorldOfTwo(World):
-    """Rank 0 of 2 ranks, where what is shared is what rank 0 has."""
-
-    def __init__(self) -> None:
-        super().__init__(rank=0, size=2)
-
-    def share(self, value: object) -> object:
-        return value
+        find_checkpoint(config, World())
 
 
 @pytest.mark.parametrize(
@@ -208,17 +196,14 @@ def test_losses_that_do_not_fit_the_model_are_refused(overrides: list[str], part
 
 
 def test_micro_batches_must_be_equal_and_meet_no_batch_normalisation() -> None:
-    def config(size: int | None) -> TrainConfig:
-        return TrainConfig(batch_size=12, duration="1 steps", micro_batch_size=size)
-
     plain, normalised = torch.nn.Linear(2, 2), torch.nn.Sequential(torch.nn.BatchNorm2d(2))
     for size in (None, 12, 6, 100):
-        check_micro_batches(plain, config(size), World())
+        check_micro_batches(plain, size, 12)
     with pytest.raises(ConfigError, match="5 does not divide the 12"):
-        check_micro_batches(plain, config(5), World())
-    check_micro_batches(normalised, config(12), World())
+        check_micro_batches(plain, 5, 12)
+    check_micro_batches(normalised, 12, 12)
     with pytest.raises(ConfigError, match="batch normalisation"):
-        check_micro_batches(normalised, config(6), World())
+        check_micro_batches(normalised, 6, 12)
 
 
 SMALL = [

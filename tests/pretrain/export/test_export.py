@@ -164,7 +164,8 @@ def write_run(run, key, shards, word_pieces, bias=None):
     temporary = run / "checkpoints" / "tmp_step_00000007"
     temporary.mkdir(parents=True)
     save_file(weights, temporary / checkpoint.WEIGHTS)
-    checkpoint.finish(temporary, run / "checkpoints" / "step_00000007", {"format": 1, "step": 7})
+    files = {checkpoint.WEIGHTS: checkpoint.seal(temporary / checkpoint.WEIGHTS)}
+    checkpoint.finish(temporary, run / "checkpoints" / "step_00000007", {"step": 7}, files)
     return run
 
 
@@ -390,7 +391,9 @@ def write_run_without_fusion(whole, run):
     temporary.mkdir()
     kept = {name: value for name, value in weights.items() if not name.startswith(("fusion", "match_head"))}
     save_file(kept, temporary / checkpoint.WEIGHTS)
-    checkpoint.finish(temporary, folder, {"step": 7})
+    checkpoint.finish(
+        temporary, folder, {"step": 7}, {checkpoint.WEIGHTS: checkpoint.seal(temporary / checkpoint.WEIGHTS)}
+    )
     return run
 
 

@@ -1,0 +1,125 @@
+"""Copies of whole checkpoints behind an fsspec URL (s3://, gs://, a path): for the day on which the run folder is gone.
+
+TARGET/step_00000100/ holds the same files; `state.json` goes last, so a folder without it is no checkpoint. A copy that
+fails costs the run nothing but a warning: the run folder is what the run relies on.
+"""
+
+import json
+import logging
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from data_tools.errors import UserError
+
+log = logging.getLogger(__name__)
+
+STATE = "state.json"
+
+
+class Mirror:
+    """Copies in a thread, one checkpoint at a time; of several that wait, the newest."""
+
+    def __init__(self, target: str, keep: Callable[[list[int]], set[int]]) -> None:
+        self.target, self.keep = target, keep
+        self.thread: threading.Thread | None = None
+        self.waiting: Path | None = None
+
+    def push(self, folder: Path) -> None:
+        """Begin to copy a whole checkpoint, now or after the one that is under way."""
+        self.waiting = folder
+        if self.thread is None or not self.thread.is_alive():
+            self.thread = threading.Thread(target=self.work, name="mirror", daemon=True)
+            self.thread.start()
+
+    def finish(self) -> None:
+        """Wait until everything is copied."""
+        if self.thread:
+            self.thread.join()
+        if self.waiting:
+            self.work()
+
+    def work(self) -> None:
+        while self.waiting:
+            folder, self.waiting = self.waiting, None
+            try:
+                copy_out(folder, self.target)
+                prune(self.target, self.keep)
+            except Exception as error:  # stores raise whatever their libraries do
+                log.warning("%s: no copy of %s: %s. The run goes on", self.target, folder.name, explain(error))
+
+
+def open_store(target: str) -> tuple[Any, str]:
+    """The file system of a URL, and the path there. Raises UserError for a URL that nothing can read."""
+    import fsspec
+
+    try:
+        return fsspec.core.url_to_fs(target)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"checkpoint.target: {target}: {error}") from None
+
+
+def explain(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def copy_out(folder: Path, target: str) -> None:
+    store, root = open_store(target)
+    state = json.loads((folder / STATE).read_text())
+    place = f"{root}/{folder.name}"
+    if store.exists(f"{place}/{STATE}"):  # of the same step, from before a rollback
+        store.rm_file(f"{place}/{STATE}")
+    for name in [*state["files"], STATE]:
+        store.makedirs(os.path.dirname(f"{place}/{name}"), exist_ok=True)
+        store.put_file(str(folder / name), f"{place}/{name}")
+
+
+def steps_at(target: str) -> dict[int, str]:
+    """The places of the checkpoints that are whole there, by step."""
+    store, root = open_store(target)
+    try:
+        names = [path.rstrip("/").rpartition("/")[2] for path in store.ls(root, detail=False)]
+    except FileNotFoundError:
+        return {}
+    found = {int(name[5:]): f"{root}/{name}" for name in names if name.startswith("step_") and name[5:].isdigit()}
+    return {step: place for step, place in sorted(found.items()) if store.exists(f"{place}/{STATE}")}
+
+
+def prune(target: str, keep: Callable[[list[int]], set[int]]) -> None:
+    store, _ = open_store(target)
+    found = steps_at(target)
+    for step in found.keys() - keep(list(found)):
+        store.rm_file(f"{found[step]}/{STATE}")
+        store.rm(found[step], recursive=True)
+
+
+def fetch_newest(target: str, parent: Path) -> Path | None:
+    """Copy the newest checkpoint there into `parent` (RUN/checkpoints); None if there is none.
+
+    Raises UserError when the store cannot be read: to begin anew would be to lose what it holds.
+    """
+    try:
+        found = steps_at(target)
+        if not found:
+            return None
+        store, _ = open_store(target)
+        place = found[max(found)]
+        final = parent / place.rpartition("/")[2]
+        temporary = final.with_name(f"tmp_{final.name}")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        store.get_file(f"{place}/{STATE}", str(temporary / STATE))
+        for name in json.loads((temporary / STATE).read_text())["files"]:
+            (temporary / name).parent.mkdir(exist_ok=True)
+            store.get_file(f"{place}/{name}", str(temporary / name))
+    except UserError:
+        raise
+    except Exception as error:  # stores raise whatever their libraries do
+        raise UserError(
+            f"checkpoint.target: {target}: cannot be read: {explain(error)}. Mend it, or set checkpoint.target=null to begin anew"
+        ) from None
+    os.replace(temporary, final)
+    return final

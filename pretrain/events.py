@@ -1,0 +1,130 @@
+"""What happened in a run, one JSON object a line in RUN/events.jsonl, and the wall time booked from it.
+
+Every event has `time` (unix seconds), `event` and `step`. Rank 0 writes; a rank that has to tell what happened when rank 0
+cannot writes a file of its own, events.rank-00003.jsonl, and `read_events` reads all of them.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from data_tools.errors import UserError
+from pretrain.world import World
+
+EVENTS = "events.jsonl"
+LOCK = "run.lock"
+
+
+class Events:
+    """Appends events. Each is one write to a file opened for appending, so lines never mix."""
+
+    def __init__(self, run: str | Path, rank: int = 0) -> None:
+        self.path = Path(run) / (EVENTS if rank == 0 else f"events.rank-{rank:05d}.jsonl")
+
+    def log(self, event: str, step: int, **facts: Any) -> None:
+        line = json.dumps({"time": time.time(), "event": event, "step": step, **facts}) + "\n"
+        descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            size = os.fstat(descriptor).st_size
+            if size and os.pread(descriptor, 1, size - 1) != b"\n":  # a crash has cut the line before
+                line = "\n" + line
+            os.write(descriptor, line.encode())
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def read_events(run: str | Path) -> list[dict[str, Any]]:
+    """All events of a run in the order in which they were written, without lines that a crash cut short."""
+    found = []
+    for path in sorted(Path(run).glob("events*.jsonl")):
+        for line in path.read_bytes().splitlines():
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(line))
+    # A clock that was set back must not turn the story round: only files of other ranks are sorted in, by time.
+    return found if len(list(Path(run).glob("events*.jsonl"))) < 2 else sorted(found, key=lambda event: event["time"])
+
+
+@contextlib.contextmanager
+def lock_run(run: str | Path, world: World) -> Iterator[None]:
+    """Hold the run folder: rank 0 makes it, and locks its run.lock until the block or the process ends.
+
+    Raises UserError on every rank if another run holds it, or if it cannot be written. Collective.
+    """
+    descriptor, problem = None, None
+    if world.is_main:
+        try:
+            Path(run).mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(Path(run) / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            problem = (
+                f"{run}: another run works in this folder. Wait for it, stop it (touch {run}/STOP), or set run=..."
+            )
+        except OSError as error:
+            problem = f"{run}: cannot be written: {error.strerror}. Check its permissions, or set run=..."
+    try:
+        problem = world.share(problem)
+        if problem:
+            raise UserError(problem)
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def book(events: list[dict[str, Any]], now_s: float) -> dict[str, float]:
+    """Where the wall time of a run went, in seconds, from its first event to `now_s` (unix).
+
+    productive   steps that count, and their data
+    checkpoint   training stood still for a save
+    lost         steps that were done and had to be done again, or whose updates were dropped, after a kill or rollback
+    restart      from the last sign of life to the next first step: waiting, starting, restoring
+    total        the sum; `goodput` is productive / total
+
+    Every second is in one of them. Seconds by which a clock was set back count as none.
+    """
+    booked = dict.fromkeys(("productive", "checkpoint", "lost", "restart"), 0.0)
+    since_save = 0.0  # training time that no checkpoint holds yet
+    last_s, alive = None, False
+    for event in [*events, {"time": now_s, "event": "now", "step": 0}]:
+        at_s, name = event["time"], event["event"]
+        if last_s is None:
+            last_s = at_s
+        if name == "start":
+            seen_s = max(event.get("last_seen") or last_s, last_s)
+            if at_s >= last_s:  # the clock was not set back
+                seen_s = min(seen_s, at_s)
+            if alive:  # the life before did not say how it ended: what it did after its last save is lost
+                booked["lost"] += since_save + seen_s - last_s
+                booked["restart"] += max(0.0, at_s - seen_s)
+            else:
+                booked["restart"] += max(0.0, at_s - last_s)
+            since_save, alive = 0.0, True
+        else:
+            passed = max(0.0, at_s - last_s)
+            if not alive:
+                booked["restart"] += passed
+            elif name == "save":
+                stall_s = min(passed, event["stall_s"])
+                booked["checkpoint"] += stall_s
+                booked["productive"] += since_save + passed - stall_s
+                since_save = 0.0
+            elif name == "rollback":
+                booked["lost"] += since_save + passed
+                since_save = 0.0
+            else:
+                since_save += passed
+            if name in ("stop", "done", "hang"):
+                whole = name == "done" or event.get("code") == 85
+                booked["productive" if whole else "lost"] += since_save
+                since_save, alive = 0.0, False
+        last_s = max(last_s, at_s) if name == "now" else at_s
+    booked["productive"] += since_save  # of the life that goes on
+    total = sum(booked.values())
+    return {**booked, "total": total, "goodput": booked["productive"] / total if total else 1.0}

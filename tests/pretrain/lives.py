@@ -1,0 +1,164 @@
+"""Lives of a run as real processes, cheap enough to be killed often: ranks are forked from a server that has the imports."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from paths import ROOT, TINY
+from safetensors.torch import load_file
+
+SETTINGS = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "HF_HUB_OFFLINE": "1"}
+PATIENCE_S = 120
+KEYS = "keys-rank-{}.jsonl"
+
+os.environ.update(SETTINGS)  # the server of forks inherits them
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["preloaded"])
+
+
+class LifeOfRun:
+    """`ranks` processes of `python -m pretrain ARGUMENTS`; `hook(run)` is called in each before, to break something."""
+
+    def __init__(self, run: Path, arguments: list[str], ranks: int, hook: Callable[[Path], None] | None = None) -> None:
+        self.run = run
+        run.parent.mkdir(parents=True, exist_ok=True)
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+        self.processes = [
+            _context.Process(target=be_rank, args=(rank, ranks, port, run, arguments, hook)) for rank in range(ranks)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def kill(self, rank: int) -> None:
+        os.kill(self.processes[rank].pid, signal.SIGKILL)
+
+    def signal(self, number: int) -> None:
+        for process in self.processes:
+            os.kill(process.pid, number)
+
+    def wait(self, grace_s: float = 1.0) -> list[int]:
+        """Exit codes; as a launcher does, ends the others `grace_s` after the first that failed."""
+        deadline_s, failed_s = time.monotonic() + PATIENCE_S, None
+        while any(process.is_alive() for process in self.processes):
+            now_s = time.monotonic()
+            if failed_s is None and any(process.exitcode not in (None, 0) for process in self.processes):
+                failed_s = now_s
+            if now_s > deadline_s or (failed_s is not None and now_s > failed_s + grace_s):
+                for process in self.processes:
+                    process.kill()
+            time.sleep(0.02)
+        assert time.monotonic() < deadline_s, f"the ranks did not end by themselves: {self.stderr()[-2000:]}"
+        return [process.exitcode for process in self.processes]
+
+    def stderr(self) -> str:
+        return "".join(path.read_text() for path in sorted(self.run.parent.glob(f"{self.run.name}.stderr-*")))
+
+
+def run_in_ranks(function: Callable[..., None], ranks: int, *arguments: Any) -> None:
+    """`function(*arguments, rank, ranks)` in forked ranks that can connect to each other. Fails if one of them does."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    calls = [(function, rank, ranks, port, arguments) for rank in range(ranks)]
+    processes = [_context.Process(target=call_as_rank, args=call) for call in calls]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(PATIENCE_S)
+        process.kill()
+    assert [process.exitcode for process in processes] == [0] * ranks
+
+
+def call_as_rank(function: Callable[..., None], rank: int, ranks: int, port: int, arguments: tuple[Any, ...]) -> None:
+    be_one_of(rank, ranks, port)
+    function(*arguments, rank, ranks)
+    torch.distributed.destroy_process_group()
+
+
+def be_one_of(rank: int, ranks: int, port: int) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), **SETTINGS)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+
+
+def be_rank(rank: int, ranks: int, port: int, run: Path, arguments: list[str], hook: Callable | None) -> None:
+    os.dup2(os.open(f"{run}.stderr-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), 2)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    be_one_of(rank, ranks, port)
+    from pretrain.__main__ import main
+
+    record_keys(run, rank)
+    if hook:
+        hook(run)
+    code = main(arguments)
+    sys.stderr.flush()
+    os._exit(code)  # as the server's other children have to stay
+
+
+def record_keys(run: Path, rank: int) -> None:
+    """Note the keys of each batch that is trained on: RUN.keys-rank-N.jsonl."""
+    from pretrain import train
+
+    compute = train.compute_gradients
+
+    def compute_and_note(engine: Any, batch: Any, losses: Any, step: int, *others: Any) -> Any:
+        with open(f"{run}.{KEYS.format(rank)}", "a") as file:
+            file.write(json.dumps({"step": step + 1, "keys": batch.keys}) + "\n")
+        return compute(engine, batch, losses, step, *others)
+
+    train.compute_gradients = compute_and_note
+
+
+def arguments(shards: Path, run: Path, *overrides: str) -> list[str]:
+    return ["train", str(TINY), f"run={run}", f"data.path={shards / 'train'}", *overrides]
+
+
+def copy_run(run: Path, target: Path) -> Path:
+    shutil.copytree(run, target)
+    for path in run.parent.glob(f"{run.name}.keys-rank-*"):
+        shutil.copy(path, target.parent / path.name.replace(run.name, target.name, 1))
+    return target
+
+
+def losses_of(run: Path) -> dict[int, float]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss/total"] for line in lines}
+
+
+def keys_of(run: Path) -> dict[int, list[str]]:
+    """The global batch of each step, as it was trained on last, in the order of the places in the batch."""
+    found: dict[int, dict[int, list[str]]] = {}
+    for path in sorted(run.parent.glob(f"{run.name}.keys-rank-*")):
+        rank = int(path.stem.rpartition("-")[2])
+        for line in path.read_text().splitlines():
+            record = json.loads(line)
+            found.setdefault(record["step"], {})[rank] = record["keys"]
+    return {step: [key for rank in sorted(parts) for key in parts[rank]] for step, parts in sorted(found.items())}
+
+
+def weights_of(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(sorted((run / "checkpoints").glob("step_*"))[-1] / "weights.safetensors")
+
+
+def events_of(run: Path, name: str) -> list[dict[str, Any]]:
+    from pretrain.events import read_events
+
+    return [event for event in read_events(run) if event["event"] == name]
+
+
+def assert_same_run(run: Path, expected: Path) -> None:
+    """The same losses, keys and weights, bit for bit."""
+    assert losses_of(run) == losses_of(expected)
+    assert keys_of(run) == keys_of(expected)
+    found, wanted = weights_of(run), weights_of(expected)
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)

@@ -1,0 +1,416 @@
+"""Real processes, killed, and resumed: whole checkpoints or none, bit for bit, and on other numbers of ranks."""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from lives import (
+    LifeOfRun,
+    arguments,
+    assert_same_run,
+    copy_run,
+    events_of,
+    keys_of,
+    losses_of,
+    run_in_ranks,
+    weights_of,
+)
+from paths import TINY
+from safetensors.torch import load_file
+
+from data_tools.errors import UserError
+from pretrain import checkpoint
+from pretrain.__main__ import main
+from pretrain.checkpoint.mirror import Mirror
+from pretrain.restore import load_run
+from pretrain.world import World
+
+STEPS = 8
+RANKS = 2
+
+
+def live(shards: Path, run: Path, *overrides: str, ranks: int = RANKS, hook=None) -> LifeOfRun:
+    return LifeOfRun(run, arguments(shards, run, *overrides), ranks, hook)
+
+
+@pytest.fixture(scope="module")
+def whole_run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing interrupted."""
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    life = live(shards, run)
+    assert life.wait() == [0, 0], life.stderr()
+    return run
+
+
+def wait_for(condition, life: LifeOfRun) -> None:
+    deadline_s = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline_s and life.processes[0].is_alive(), life.stderr()
+        time.sleep(0.005)
+
+
+def test_the_run_folder_tells_its_life(whole_run: Path) -> None:
+    start, *saves, done = (events_of(whole_run, name) for name in ("start", "save", "done"))
+    assert (start[0]["step"], start[0]["steps"], start[0]["world_size"], start[0]["restart"]) == (0, STEPS, RANKS, 0)
+    assert [save["step"] for save in saves[0]] == [3, 6, 8] and all(save["stall_s"] > 0 for save in saves[0])
+    assert json.loads((whole_run / "done.json").read_text())["step"] == STEPS == done[0]["step"]
+    progress = json.loads((whole_run / "progress" / "rank-00001.json").read_text())
+    assert progress.keys() == {"time", "rank", "host", "pid", "step", "phase", "since"}
+    ledger = json.loads((whole_run / "ledger.json").read_text())
+    parts = sum(ledger[name] for name in ("productive", "checkpoint", "lost", "restart"))
+    assert parts == pytest.approx(ledger["total"]) and ledger["lost"] == 0
+
+
+def kill_while_saving(run: Path) -> None:
+    """Die by SIGKILL in the second file that rank 1 seals."""
+    if os.environ["RANK"] == "1":
+        checkpoint.seal = lambda path: os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_before_the_name(run: Path) -> None:
+    """Die by SIGKILL when all is written, right before the folder gets its name."""
+    checkpoint.finish = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_while_pruning(run: Path) -> None:
+    """Die by SIGKILL when the new checkpoint is there and the oldest is to go."""
+    checkpoint.prune = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
+
+
+def resume_after_kills(shards: Path, folder: Path, whole_run: Path, kills: int, seed: int) -> None:
+    """Kill a random rank at a random instant, every other time within a save; a run that gets to its end nevertheless is
+    compared with the one that nothing interrupted, and the next kills are of a new run."""
+    draw = random.Random(seed)
+    hooks = [kill_while_saving, None, kill_before_the_name, None, kill_while_pruning, None]
+    runs, killed = [folder / "run-0"], 0
+    while killed < kills:
+        run, hook = runs[-1], hooks[killed % len(hooks)]
+        lives_before = len(events_of(run, "start"))
+        life = live(shards, run, hook=hook)
+        if hook is None:
+            wait_for(lambda run=run, before=lives_before: len(events_of(run, "start")) > before, life)
+            time.sleep(draw.uniform(0, 1))
+            if life.processes[0].is_alive():
+                life.kill(draw.randrange(RANKS))
+        codes = life.wait()
+        assert set(codes) <= {0, 86, -signal.SIGKILL}, life.stderr()
+        killed += codes != [0, 0]
+        for checkpoint_folder in checkpoint.folders(run):  # whole or absent
+            assert checkpoint.verify(checkpoint_folder, World())[0] is not None
+        if (run / "done.json").exists():
+            runs.append(folder / f"run-{len(runs)}")
+    if not (runs[-1] / "done.json").exists():
+        life = live(shards, runs[-1])
+        assert life.wait() == [0, 0], life.stderr()
+    for run in runs:
+        assert_same_run(run, whole_run)
+        assert not events_of(run, "fallback")
+
+
+def test_a_run_killed_at_random_instants_resumes_bit_for_bit(shards: Path, tmp_path: Path, whole_run: Path) -> None:
+    resume_after_kills(shards, tmp_path, whole_run, kills=3, seed=1)
+
+
+@pytest.mark.faults
+def test_a_run_killed_at_twenty_instants_resumes_bit_for_bit(shards: Path, tmp_path: Path, whole_run: Path) -> None:
+    resume_after_kills(shards, tmp_path, whole_run, kills=20, seed=2)
+
+
+def test_files_ask_for_a_save_and_for_a_stop(shards: Path, tmp_path: Path, whole_run: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "SAVE").touch()
+    life = live(shards, run, "checkpoint.every_steps=100")
+    wait_for(lambda: events_of(run, "save"), life)
+    assert not (run / "SAVE").exists()
+    (run / "STOP").touch()
+    assert set(life.wait(grace_s=20)) <= {85, 0}, life.stderr()
+    assert not (run / "STOP").exists()
+    life = live(shards, run)
+    assert life.wait() == [0, 0], life.stderr()
+    assert keys_of(run) == keys_of(whole_run) and losses_of(run) == losses_of(whole_run)
+
+
+@pytest.mark.parametrize("name", ["state.json", "weights.safetensors", "zero_pp_rank_1", "mp_rank_00_model"])
+def test_a_damaged_file_is_found_and_the_checkpoint_before_taken(name: str, tmp_path: Path, whole_run: Path) -> None:
+    run = copy_run(whole_run, tmp_path / "run")
+    newest = run / "checkpoints" / "step_00000008"
+    (path,) = [path for path in newest.rglob("*") if path.name.startswith(name)]
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 64 if path.suffix != ".json" else 128  # one bit, of the same size
+    path.write_bytes(content)
+    found = checkpoint.find_newest(run, World())
+    assert found.folder.name == "step_00000006"
+    assert [folder.name for folder, _ in found.passed_over] == ["step_00000008"]
+    assert "step_00000008: not a whole checkpoint" in found.passed_over[0][1]
+
+
+def test_a_run_falls_back_on_record(shards: Path, tmp_path: Path, whole_run: Path) -> None:
+    run = copy_run(whole_run, tmp_path / "run")
+    path = run / "checkpoints" / "step_00000008" / "weights.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    life = live(shards, run)
+    assert life.wait() == [0, 0], life.stderr()
+    (event,) = events_of(run, "fallback")
+    assert (event["from"], event["to"]) == ("step_00000008", "step_00000006") and "other bytes" in event["reason"]
+    assert (run / "checkpoints" / "damaged_step_00000008").is_dir()
+    assert_same_run(run, whole_run)
+
+
+def test_a_second_run_in_the_folder_is_refused(shards: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    first = live(shards, run, ranks=1)
+    wait_for(lambda: (run / "run.lock").exists() and (run / "progress").exists(), first)
+    second = live(shards, run, ranks=1)
+    assert second.wait() == [2] and "another run works in this folder" in second.stderr()
+    first.signal(signal.SIGKILL)
+    first.wait()
+
+
+def test_checkpoints_are_kept_by_number_and_for_good(tmp_path: Path) -> None:
+    for step in (10, 20, 30, 40, 50):
+        (tmp_path / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
+    checkpoint.prune(tmp_path, checkpoint.keep_last(2, every_steps=20))
+    assert [checkpoint.step_of(folder) for folder in checkpoint.folders(tmp_path)] == [20, 40, 50]
+
+
+def test_ranks_and_zero_stages_may_change(shards: Path, tmp_path: Path) -> None:
+    """4 -> 2 -> 3 ranks, ZeRO 2 -> 3 -> 1 -> 0: the batches of the run that was not stopped, and its losses."""
+    size = ["train.batch_size=12", "train.duration=8 steps", "checkpoint.every_steps=2", "checkpoint.keep=9"]
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    life = live(shards, whole, *size, ranks=1)
+    assert life.wait() == [0], life.stderr()
+    for steps, ranks, stage in [(2, 4, 2), (4, 2, 3), (6, 3, 1), (8, 1, 0)]:
+        life = live(shards, run, *size, f"engine.zero_stage={stage}", ranks=ranks, hook=StopAfter(steps))
+        assert life.wait(grace_s=20) == [85 if steps < 8 else 0] * ranks, life.stderr()
+    assert [event["world_size"] for event in events_of(run, "start")] == [4, 2, 3, 1]
+    found, wanted = losses_of(run), losses_of(whole)
+    assert keys_of(run) == keys_of(whole) and found.keys() == wanted.keys()
+    assert max(abs(found[step] - wanted[step]) for step in wanted) < 2e-5
+    weights, expected = weights_of(run), weights_of(whole)
+    assert max(float((weights[name] - expected[name]).abs().max()) for name in expected) < 1e-4
+
+
+class StopAfter:
+    """Ask for a stop at a step, as a signal would."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def __call__(self, run: Path) -> None:
+        from pretrain.life import Life
+
+        plain = Life.asks
+
+        def asks(life: Life) -> tuple[bool, bool]:
+            life.stop.requested |= life.watch.step + 1 >= self.steps and life.watch.phase == "step"
+            return plain(life)
+
+        Life.asks = asks
+
+
+def resave(shards: Path, out: Path, source: Path | None, stage: int, precision: str, rank: int, ranks: int) -> None:
+    """In each rank: an engine of this layout, restored from `source` or after two updates of its own, saved to `out`."""
+    from pretrain.config import load_config
+    from pretrain.engine import build_engine
+    from pretrain.model.model import build_model
+    from pretrain.train import RunConfig, build_tokenizer, run_identity
+    from pretrain.world import connect
+
+    world = connect()
+    overrides = [f"engine.zero_stage={stage}", f"engine.precision={precision}", "train.batch_size=12"]
+    config = load_config(TINY, [f"run={out}", f"data.path={shards / 'train'}", *overrides], RunConfig)
+    tokenizer = build_tokenizer(config.model.tokenizer, config.model.text.context_length)
+    engine = build_engine(build_model(config.model, tokenizer, 0, world), config.engine, 12, world)
+    identity = run_identity(config, world)
+    if source:
+        found = checkpoint.find_newest(source, world)
+        checkpoint.restore(engine, found.folder, found.state, identity)
+    else:
+        for _ in range(2):
+            engine.backward(
+                sum(((p.float() - 0.5) ** 2).sum() * 1e-3 * (1 + n) for n, p in enumerate(engine.module.parameters()))
+            )
+            engine.step()
+    saver = checkpoint.Saver(engine, out, checkpoint.CheckpointConfig(), world)
+    saver.save(2, {"step": 2, "config": {}, "versions": {}, **identity})
+
+
+def moments_of(run: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], float]:
+    out = run.parent / f"{run.name}-whole"
+    assert main(["checkpoint", "consolidate", str(run), "--out", str(out)]) == 0
+    updates = json.loads((out / "state.json").read_text())["updates"]
+    return load_file(out / "weights.safetensors"), load_file(out / "moments.safetensors"), updates
+
+
+@pytest.mark.parametrize(
+    ("precision", "layouts"),
+    [
+        ("fp32", [(4, 2), (2, 3), (3, 1), (1, 0), (2, 2), (1, 3), (2, 0)]),
+        ("bf16", [(2, 1), (3, 3), (2, 0), (2, 2)]),
+    ],
+)
+def test_moments_survive_any_change_of_layout(precision: str, layouts: list, shards: Path, tmp_path: Path) -> None:
+    """Weights, moments and the count of updates are the same numbers, to the bit, after each of these changes."""
+    source, wanted = None, None
+    for number, (ranks, stage) in enumerate(layouts):
+        out = tmp_path / f"run-{number}"
+        run_in_ranks(resave, ranks, shards, out, source, stage, precision)
+        found = moments_of(out)
+        wanted = wanted or found
+        assert found[2] == wanted[2] == 2
+        for tensors, expected in zip(found[:2], wanted[:2], strict=True):
+            assert tensors.keys() == expected.keys()
+            assert all(torch.equal(tensors[name], expected[name]) for name in expected), (ranks, stage)
+        source = out
+    assert len(wanted[1]) > 100 and all(values.any() for values in wanted[1].values())
+
+
+@pytest.mark.parametrize(("ranks", "stage"), [(3, 1), (3, 3)])
+def test_moments_are_those_of_the_universal_format(ranks: int, stage: int, shards: Path, tmp_path: Path) -> None:
+    """The oracle: DeepSpeed's own conversion of the same shards, one file a parameter."""
+    from argparse import Namespace
+
+    from deepspeed.checkpoint import ds_to_universal
+
+    run_in_ranks(resave, 2, shards, tmp_path / "before", None, 2, "fp32")
+    run_in_ranks(resave, ranks, shards, tmp_path / "run", tmp_path / "before", stage, "fp32")
+    _, moments, _ = moments_of(tmp_path / "run")
+    shards_of_run = tmp_path / "run" / "checkpoints" / "step_00000002" / "deepspeed"
+    options = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False, "strict": True}
+    options |= {
+        "inject_missing_state": True,
+        "input_folder": str(shards_of_run),
+        "output_folder": str(tmp_path / "universal"),
+    }
+    ds_to_universal.main(Namespace(**options))
+    for name, values in moments.items():
+        moment, _, parameter = name.partition("/")
+        expected = torch.load(tmp_path / "universal" / "zero" / parameter / f"{moment}.pt", weights_only=False)
+        assert torch.equal(values, (expected["param"] if isinstance(expected, dict) else expected).view_as(values)), (
+            name
+        )
+
+
+def test_checkpoints_are_looked_after(tmp_path: Path, whole_run: Path, capfd: pytest.CaptureFixture) -> None:
+    run = copy_run(whole_run, tmp_path / "run")
+    assert main(["checkpoint", "list", str(run)]) == 0
+    first, second = capfd.readouterr().out.splitlines()
+    assert first.startswith("step_00000006  step 6") and second.endswith("2 ranks, ZeRO 2, fp32")
+    assert main(["checkpoint", "verify", str(run)]) == 0
+    (run / "checkpoints" / "step_00000006" / "weights.safetensors").write_bytes(b"")
+    assert main(["checkpoint", "verify", str(run)]) == 1
+    assert "weights.safetensors has another size" in capfd.readouterr().out
+    assert main(["checkpoint", "consolidate", str(run), "--out", str(tmp_path / "out"), "--step", "6"]) == 2
+    assert main(["checkpoint", "prune", str(run), "--keep", "1"]) == 0
+    assert [folder.name for folder in checkpoint.folders(run)] == ["step_00000008"]
+    assert main(["checkpoint", "list", str(tmp_path)]) == 2 and "holds no checkpoint" in capfd.readouterr().err
+
+
+def fill_the_disk(run: Path) -> None:
+    """From the second save on, rank 1 can write no more than the beginning of a file."""
+    if os.environ["RANK"] == "1":
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        plain = checkpoint.write_shards
+
+        def write_shards(engine, folder):
+            if checkpoint.folders(run):
+                resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+            return plain(engine, folder)
+
+        checkpoint.write_shards = write_shards
+
+
+def test_a_disk_full_in_mid_save_ends_the_run_and_loses_nothing(shards: Path, tmp_path: Path, whole_run: Path) -> None:
+    run = tmp_path / "run"
+    life = live(shards, run, hook=fill_the_disk)
+    assert life.wait(grace_s=20) == [2, 2]
+    assert life.stderr().count("cannot write the checkpoint") == 2 and "Traceback" not in life.stderr()
+    assert [folder.name for folder in checkpoint.folders(run)] == ["step_00000003"]
+    assert events_of(run, "stop")[0]["code"] == 2
+    life = live(shards, run)
+    assert life.wait() == [0, 0], life.stderr()
+    assert_same_run(run, whole_run)
+    assert not list((run / "checkpoints").glob("tmp_*"))
+
+
+def become_nobody(run: Path) -> None:
+    os.setuid(65534)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root, to become somebody who may not write")
+def test_a_folder_that_cannot_be_written_is_refused(shards: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        life = live(shards, Path(folder) / "run", ranks=1, hook=become_nobody)
+        assert life.wait() == [2]
+        assert "cannot be written: Permission denied" in life.stderr() and "Traceback" not in life.stderr()
+
+
+def test_a_save_by_way_of_staging_is_the_same_save(shards: Path, tmp_path: Path, whole_run: Path) -> None:
+    run, staging = tmp_path / "run", tmp_path / "staging"
+    life = live(shards, run, f"checkpoint.staging={staging}")
+    assert life.wait() == [0, 0], life.stderr()
+    assert_same_run(run, whole_run)
+    assert [save["step"] for save in events_of(run, "save")] == [3, 6, 8]
+    for folder in checkpoint.folders(run):
+        assert checkpoint.verify(folder, World())[0] is not None
+    assert not [path for path in staging.rglob("*") if path.is_file()]
+
+
+def test_a_target_holds_copies_and_gives_them_back(shards: Path, tmp_path: Path, whole_run: Path) -> None:
+    run, target = tmp_path / "run", tmp_path / "elsewhere" / "copies"
+    life = live(shards, run, f"checkpoint.target=file://{target}", "train.duration=8 steps", hook=StopAfter(5))
+    assert life.wait(grace_s=20) == [85, 85], life.stderr()
+    assert sorted(path.name for path in target.iterdir()) == ["step_00000003", "step_00000005"]
+    kept_metrics = (run / "metrics.jsonl").read_bytes()
+    shutil.rmtree(run)  # the disk of the run folder is gone
+    run.mkdir()
+    (run / "metrics.jsonl").write_bytes(kept_metrics)
+    life = live(shards, run, f"checkpoint.target=file://{target}")
+    assert life.wait() == [0, 0], life.stderr()
+    assert_same_run(run, whole_run)
+
+
+def test_a_target_that_is_gone_costs_a_warning_or_says_so(tmp_path: Path, whole_run: Path) -> None:
+    nowhere = tmp_path / "file"
+    nowhere.write_text("no folder")
+    mirror = Mirror(str(nowhere), checkpoint.keep_last(2))
+    mirror.push(whole_run / "checkpoints" / "step_00000008")
+    mirror.finish()  # warns
+    found = checkpoint.find_newest(whole_run, World(), str(nowhere))
+    assert found.folder.name == "step_00000008"
+    with pytest.raises(UserError, match="cannot be read|nosuch"):
+        checkpoint.find_newest(tmp_path / "fresh", World(), "nosuch://bucket/run")
+    assert checkpoint.find_newest(tmp_path / "fresh", World(), str(tmp_path / "empty")) is None
+
+
+def test_an_average_of_the_weights_is_kept_resumed_and_exported(shards: Path, tmp_path: Path) -> None:
+    """Against a twin that averages the checkpoints of every step; also over a stop, other ranks and another ZeRO stage."""
+    run = tmp_path / "run"
+    each = ["ema={decay: 0.75}", "checkpoint.every_steps=1", "checkpoint.keep=9", "train.duration=5 steps"]
+    life = live(shards, run, *each, hook=StopAfter(3))
+    assert life.wait(grace_s=20) == [85, 85], life.stderr()
+    life = live(shards, run, *each, "engine.zero_stage=3", ranks=1)
+    assert life.wait() == [0], life.stderr()
+    steps = [load_file(folder / checkpoint.WEIGHTS) for folder in checkpoint.folders(run)]
+    saved = [load_file(folder / checkpoint.EXTRA) for folder in checkpoint.folders(run)]
+    for name, weight in steps[0].items():
+        if (average := saved[0].get(f"ema.{name}")) is not None:
+            for values, found in zip(steps[1:], saved[1:], strict=True):
+                average = average.lerp(values[name], 0.25)
+                assert torch.equal(found[f"ema.{name}"], average), name
+            assert average.shape == weight.shape
+    assert len(saved[0]) > 90
+    out = tmp_path / "export"
+    assert main(["export", "--run", str(run), "--to", "native", "--out", str(out), "--ema"]) == 0
+    exported = load_run(run, ema=True).model.state_dict()
+    assert all(torch.equal(exported[name.removeprefix("ema.")], value) for name, value in saved[-1].items())

@@ -1,0 +1,141 @@
+"""A run in which nothing moves: stacks of the ranks that live, the right first cause, and the exit code for a restart."""
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from lives import LifeOfRun, arguments, events_of
+
+from pretrain.watch import Facts, Watch, WatchConfig, first_cause
+from pretrain.world import World
+
+HANG_AFTER = 5  # steps done; some times must be known
+LIMIT_S = 1.5
+
+
+def on_rank_1_at(step: int, name: str, act) -> None:
+    """Replace a method of Life on rank 1: `act(plain, life, *arguments)` once `step` steps are done."""
+    from pretrain.life import Life
+
+    plain = getattr(Life, name)
+
+    def replaced(life, *others):
+        if life.watch.step >= step and os.environ["RANK"] == "1":
+            return act(plain, life, *others)
+        return plain(life, *others)
+
+    setattr(Life, name, replaced)
+
+
+def freeze(run: Path) -> None:
+    """The whole process stands still, watch included, as on a node that has hung."""
+    on_rank_1_at(HANG_AFTER, "judge", lambda *_: os.kill(os.getpid(), signal.SIGSTOP))
+
+
+def skip_a_collective(run: Path) -> None:
+    """Rank 1 leaves out a barrier, in a group of its own: in the group of the other collectives, gloo finds messages of
+    another size than it waits for, and ends the process before anybody hangs."""
+    from pretrain.life import Life
+
+    plain, group = Life.asks, None
+
+    def asks(life):
+        nonlocal group
+        group = group or dist.new_group(backend="gloo")
+        if life.watch.step >= HANG_AFTER and os.environ["RANK"] != "1":
+            dist.barrier(group=group)
+        return plain(life)
+
+    Life.asks = asks
+
+
+def stick_in_data(run: Path) -> None:
+    """A decoding thread that never comes back."""
+    from pretrain.data.loader import Loader
+
+    plain = Loader.fill
+
+    def fill(loader, filling, first, last):
+        if os.environ["RANK"] == "1" and filling.draw.positions[0] >= HANG_AFTER * loader.global_batch:
+            threading.Event().wait()
+        plain(loader, filling, first, last)
+
+    Loader.fill = fill
+
+
+def stick_in_a_step(run: Path) -> None:
+    """Rank 1 is busy with something else."""
+    on_rank_1_at(HANG_AFTER, "judge", lambda *_: time.sleep(1000))
+
+
+CAUSES = {
+    freeze: "does not answer",
+    skip_a_collective: "another collective",
+    stick_in_data: "waits for its data",
+    stick_in_a_step: "did not arrive",
+}
+
+
+def assert_cause_is_named(hook, shards: Path, run: Path) -> None:
+    overrides = ["watch.factor=1.0", f"watch.least_s={LIMIT_S}", "checkpoint.every_steps=100"]
+    life = LifeOfRun(run, arguments(shards, run, "train.duration=9 steps", *overrides), 2, hook)
+    codes = life.wait(grace_s=8)
+    assert codes == ([86, -signal.SIGKILL] if hook is freeze else [86, 86]), life.stderr()
+    (event,) = events_of(run, "hang")
+    assert event["rank"] == 1 and CAUSES[hook] in event["reason"], event
+    stacks = [(run / "stacks" / name).read_text() for name in event["stacks"]]
+    assert len(stacks) == (1 if hook is freeze else 2) and all("train_steps" in text for text in stacks)
+    last_step_time = max(path.stat().st_mtime for path in [run / "metrics.jsonl"])
+    assert event["time"] - last_step_time < LIMIT_S + 10
+
+
+@pytest.mark.parametrize("hook", list(CAUSES), ids=lambda hook: hook.__name__)
+def test_the_first_cause_is_named(hook, shards: Path, tmp_path: Path) -> None:
+    assert_cause_is_named(hook, shards, tmp_path / "run")
+
+
+@pytest.mark.faults
+def test_the_first_cause_is_named_twenty_times(shards: Path, tmp_path: Path) -> None:
+    for number in range(20):
+        assert_cause_is_named(list(CAUSES)[number % len(CAUSES)], shards, tmp_path / str(number) / "run")
+
+
+def fact(rank: int, step: int = 7, phase: str = "step", waits: bool = True, path: list[int] | None = None) -> Facts:
+    return Facts(rank, f"node-{rank}", step, phase, waits, f"file.py:{path} f", path or [100, 10])
+
+
+@pytest.mark.parametrize(
+    ("facts", "rank"),
+    [
+        ([fact(0), fact(1), fact(3)], 2),  # silent
+        ([fact(0), fact(1, phase="data", waits=False), fact(2)], 1),
+        ([fact(0, waits=False), fact(1, step=6, waits=False), fact(2)], 1),  # the one that is further behind
+        ([fact(0), fact(1), fact(2, path=[90, 10])], 2),  # elsewhere than most
+        ([fact(0), fact(1, path=[120])], 1),  # of two, the one that went on
+        ([fact(0, step=8, path=[90]), fact(1, path=[120])], 0),
+    ],
+)
+def test_the_first_cause_of_what_ranks_say(facts: list[Facts], rank: int) -> None:
+    assert first_cause(facts, 4 if len(facts) == 3 and facts[-1].rank == 3 else len(facts))[0] == rank
+
+
+def test_limits_follow_the_median_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now_s)
+    watch = Watch(tmp_path, WatchConfig(factor=20, least_s=5, start_s=900, save_s=700), World())
+    assert watch.limit_s() == 900
+    for step in range(8):
+        watch.enter("data", step)
+        watch.enter("step", step)
+        now_s += 2.0 if step != 5 else 50.0
+    assert watch.limit_s() == 40
+    watch.enter("save", 8)
+    assert watch.limit_s() == 700
+    now_s += 500
+    watch.enter("data", 8)
+    watch.enter("data", 9)
+    assert watch.limit_s() == 40 and max(watch.step_s) == 50 and len(watch.step_s) == 8

@@ -1,5 +1,6 @@
 """What tests share: small real shards, and a way to run the commands as a user does."""
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -11,6 +12,10 @@ TESTS = Path(__file__).parent
 sys.path[:0] = [str(TESTS), str(TESTS / "pretrain")]  # paths.py, ranks.py, parity.py
 
 from paths import ROOT  # noqa: E402
+
+# There is one server of forks in a process. It starts with the first test that needs it, and has this environment then.
+multiprocessing.set_forkserver_preload(["imported"])
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *sys.path[:2], os.environ.get("PYTHONPATH", "")])
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may need the network, nor wait for it
 os.environ["OMP_NUM_THREADS"] = "1"  # the models are tiny: threads would only wait for each other

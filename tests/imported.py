@@ -1,4 +1,4 @@
-"""What takes seconds to import. ranks.py has it imported once, in the process that all ranks are forked from."""
+"""What takes seconds to import. The server that processes of tests are forked from imports it once, for all of them."""
 
 from pretrain.engine import import_deepspeed
 from pretrain.torchvision_ops import prepare_torchvision
@@ -6,7 +6,14 @@ from pretrain.torchvision_ops import prepare_torchvision
 import_deepspeed()  # before transformers, which would not keep its linker quiet
 prepare_torchvision()
 
+import aiohttp  # noqa: E402, F401
+import cv2  # noqa: E402, F401
+import deepspeed.runtime.zero.muon.original_muon  # noqa: E402, F401
+import duckdb  # noqa: E402, F401
 import open_clip  # noqa: E402, F401
+import pyarrow.parquet  # noqa: E402, F401
+import torch.utils.tensorboard  # noqa: E402, F401
 import transformers.models.bert.modeling_bert  # noqa: E402, F401
 
+import data_tools.build  # noqa: E402, F401
 import pretrain.train  # noqa: E402, F401

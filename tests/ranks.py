@@ -18,7 +18,6 @@ TIMEOUT_S = 240
 def run_on_ranks(function: Callable[..., Any], ranks: int, *arguments: Any) -> list[Any]:
     """`[function(world, *arguments) of rank 0, of rank 1, ...]`. The function is importable; a failure raises here."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["imported"])  # once, for all ranks of all tests
     with tempfile.TemporaryDirectory() as folder:
         queue = context.Queue()
         environment = dict(os.environ) | {"GLOO_SOCKET_IFNAME": "lo"}  # the server has that of its first call

@@ -13,7 +13,6 @@ from pathlib import Path
 EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir")
 FILES = ("build.json", "plan.tmp", "plan.json", ".idx", ".parquet", "_stats.json", "sizes.json", "manifest.json")
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["duckdb", "pyarrow.parquet", "cv2", "aiohttp", "data_tools.build", "killing"])
 
 
 def hash_files(out: Path) -> dict[str, str]:

@@ -13,17 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from paths import ROOT, TINY
+from paths import TINY
 from safetensors.torch import load_file
 
 SETTINGS = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "HF_HUB_OFFLINE": "1"}
 PATIENCE_S = 120
 KEYS = "keys-rank-{}.jsonl"
 
-os.environ.update(SETTINGS)  # the server of forks inherits them
-os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["preloaded"])
 
 
 class LifeOfRun:

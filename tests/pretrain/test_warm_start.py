@@ -200,8 +200,8 @@ def test_a_padded_vocabulary_fits_and_another_does_not(tmp_path: Path) -> None:
     words = model.text_tower.inner.embeddings.word_embeddings.weight
     assert torch.equal(words, theirs.embeddings.word_embeddings.weight[:VOCABULARY])
     assert f"the first {VOCABULARY} ids" in report.resized["text_tower.inner.embeddings.word_embeddings.weight"]
-    save_bert(tmp_path / "other", 2, 1000)
-    with pytest.raises(ConfigError, match=r"word_embeddings.weight is \[1000, 24\] there and \[49408, 24\] here"):
+    save_bert(tmp_path / "other", 2, 500)
+    with pytest.raises(ConfigError, match=rf"word_embeddings.weight is \[500, 24\] there and \[{VOCABULARY}, 24\] here"):
         start(model, {"kind": "huggingface", "name": str(tmp_path / "other")})
 
 

@@ -134,6 +134,7 @@ def train(config: RunConfig, world: World) -> int:
 
 
 def train_steps(config: RunConfig, life: Life, world: World) -> int:
+    """From the newest checkpoint, if there is one, to the duration or a stop. Returns the exit code. Collective."""
     import_deepspeed()  # before transformers does, which would not keep its linker quiet
     tokenizer = build_tokenizer(config.model.tokenizer, config.model.text.context_length)
     image_size, batch_size = config.model.image.image_size, config.train.batch_size

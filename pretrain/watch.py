@@ -128,6 +128,8 @@ class Watch:
             facts = self.collect()
             if self.rank == min(fact.rank for fact in facts):
                 self.tell(facts)
+        except Exception:
+            traceback.print_exc()  # such as a full disk: it has to end all the same
         finally:
             os._exit(EXIT_RESTART)
 

@@ -3,6 +3,7 @@
 python -m pretrain train configs/demo.yaml [key=value ...]
 """
 
+import contextlib
 import importlib.metadata
 import logging
 import platform
@@ -106,29 +107,29 @@ def train(config: RunConfig, world: World) -> int:
 
     clock = Clock()
     metrics = Metrics(config.run, step, steps, enabled=world.is_main)
-    batches = iter(loader)
-    stopping = world.any(stop.requested)
-    while step < steps and not stopping:
-        batch = next(batches).to(world.device)
-        clock.data_ready()
-        set_learning_rate(engine, learning_rate(config.engine, step, steps))
-        seed_torch(config.seed, step, world.rank)
-        losses = compute_losses(config.losses, engine(batch), world)
-        engine.backward(losses["total"])
-        engine.step()
-        step += 1
-        clock.step_done()
-        loader.close_epochs()
-        metrics.step_done()
+    # Closed also where a step fails: else what is under way would be finished before the process ends.
+    with contextlib.closing(iter(loader)) as batches:
         stopping = world.any(stop.requested)
-        if step % config.train.log_every_steps == 0 or step in (1, steps):
-            metrics.log(step, measure(engine, losses, loader, world) | clock.rates(batch_size))
-        if step % config.train.checkpoint_every_steps == 0 or step == steps or stopping:
-            state = run_state(config, loader, step, world)
-            checkpoint.save(engine, config.run, step, state, config.train.keep_checkpoints, world)
-            clock.leave_out()
-    stop.ignore()
-    batches.close()
+        while step < steps and not stopping:
+            batch = next(batches).to(world.device)
+            clock.data_ready()
+            set_learning_rate(engine, learning_rate(config.engine, step, steps))
+            seed_torch(config.seed, step, world.rank)
+            losses = compute_losses(config.losses, engine(batch), world)
+            engine.backward(losses["total"])
+            engine.step()
+            step += 1
+            clock.step_done()
+            loader.close_epochs()
+            metrics.step_done()
+            stopping = world.any(stop.requested)
+            if step % config.train.log_every_steps == 0 or step in (1, steps):
+                metrics.log(step, measure(engine, losses, loader, world) | clock.rates(batch_size))
+            if step % config.train.checkpoint_every_steps == 0 or step == steps or stopping:
+                state = run_state(config, loader, step, world)
+                checkpoint.save(engine, config.run, step, state, config.train.keep_checkpoints, world)
+                clock.leave_out()
+        stop.ignore()
     metrics.close()
     if step < steps:
         log.info("stopped as asked after step %d of %d. Run the same command again to go on", step, steps)

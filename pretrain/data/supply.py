@@ -15,6 +15,7 @@ import numpy as np
 
 from data_tools.shards import RawSample, ShardError, ShardReader
 from pretrain.config import ConfigError
+from pretrain.data.cache import ReaderClosed
 from pretrain.data.decode import BadSample
 from pretrain.data.ledger import Ledger
 from pretrain.data.order import Places, build_order
@@ -136,22 +137,29 @@ class StreamSupply:
         self.names, self.ledger, self.epoch_samples = [config.path], None, None
         self._config, self._seed, self._rank = config.stream, seed, rank
         self._lock = threading.Lock()
+        self._failure: Exception | None = None  # what ended the samples: a generator tells it only once
 
     def describe(self) -> dict[str, Any]:
         return {"stream": self.names[0]}
 
     def open(self, position: int, under_way: int) -> None:
         self._reader = StreamReader(self.names[0], self._config, seed=self._seed, rank=self._rank, position=position)
-        self._samples = iter(self._reader)
+        self._samples, self._failure = iter(self._reader), None
 
     def draw(self, positions: np.ndarray) -> Draw:
         nothing = np.zeros(len(positions), np.int64)
         return Draw(positions, Places(nothing, nothing, nothing, nothing))
 
     def read(self, draw: Draw, row: int, attempt: int) -> RawSample:
-        """Whatever comes next. Raises UserError when nothing more can be had."""
+        """Whatever comes next. Raises UserError when nothing more can be had, in every thread that asks."""
         with self._lock:
-            return next(self._samples)
+            if self._failure is not None:
+                raise self._failure
+            try:
+                return next(self._samples)
+            except Exception as error:
+                self._failure = ReaderClosed() if isinstance(error, StopIteration) else error
+                raise self._failure from None
 
     def close(self) -> None:
         self._reader.close()

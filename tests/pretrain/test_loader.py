@@ -28,6 +28,7 @@ from pretrain.config import ConfigError
 from pretrain.data.augment import AugmentConfig
 from pretrain.data.cache import CacheConfig
 from pretrain.data.loader import DataConfig, Loader
+from pretrain.data.streaming import StreamReader
 from pretrain.data.text import ClipTokenizerConfig, build_tokenizer
 from pretrain.world import World
 
@@ -457,6 +458,20 @@ def test_a_stream(tmp_path: Path) -> None:
             DataConfig(datasets=[{"path": config.path, "weight": 1}, {"path": str(path), "weight": 1}]),
             *(NoTokenizer(), 8, 10, 0, World()),
         )
+
+
+def test_the_end_of_a_stream_is_told_to_every_thread(monkeypatch) -> None:
+    def end_at_once(self):
+        raise UserError("nothing more comes")
+        yield
+
+    monkeypatch.setattr(StreamReader, "__iter__", end_at_once)
+    supply = Loader(DataConfig(path="pipe:true"), NoTokenizer(), 8, 10, 0, World()).supply
+    supply.open(0, 1)
+    for row in range(2):
+        with pytest.raises(UserError, match="nothing more comes"):
+            supply.read(supply.draw(np.arange(2)), row, 0)
+    supply.close()
 
 
 def is_even(sample: dict) -> bool:

@@ -36,7 +36,7 @@ class Draw:
     """Which samples stand at some positions. Shape legend: n positions."""
 
     positions: np.ndarray  # int64 [n]
-    places: Places  # [n]; of a stream, zeros
+    places: Places  # [n]; of a stream, whose epochs nobody knows, positions as epochs and zeros
 
 
 class Supply(Protocol):
@@ -148,7 +148,7 @@ class StreamSupply:
 
     def draw(self, positions: np.ndarray) -> Draw:
         nothing = np.zeros(len(positions), np.int64)
-        return Draw(positions, Places(nothing, nothing, nothing, nothing))
+        return Draw(positions, Places(nothing, positions, nothing, nothing))  # so that captions are drawn anew
 
     def read(self, draw: Draw, row: int, attempt: int) -> RawSample:
         """Whatever comes next. Raises UserError when nothing more can be had, in every thread that asks."""

@@ -460,6 +460,17 @@ def test_a_stream(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.parametrize("captions", ["random", "turn"])
+def test_a_stream_draws_captions_anew(captions: str, tmp_path: Path) -> None:
+    path = write_dataset(tmp_path / "a", [10])
+    loader = Loader(DataConfig(path=f"pipe:cat {path}/00000.tar", captions=captions), NoTokenizer(), 8, 10, 0, World())
+    seen: dict[str, set[int]] = {}
+    for batch in take(loader, 20):
+        for key, text in zip(batch.keys, batch.text_id.tolist(), strict=True):
+            seen.setdefault(key, set()).add(text)
+    assert {len(texts) for texts in seen.values()} == {3}
+
+
 def test_the_end_of_a_stream_is_told_to_every_thread(monkeypatch) -> None:
     def end_at_once(self):
         raise UserError("nothing more comes")

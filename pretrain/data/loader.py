@@ -210,7 +210,9 @@ class Loader:
         return self.rows * 3 * self.image_size**2
 
     def ahead(self) -> int:
-        """Batches that are under way at once."""
+        """Batches that are under way beside the one that is taken."""
+        if not self.config.threads:
+            return 0  # the training thread would do all of it before it got the first
         return min(MAX_AHEAD_BATCHES, max(2, self.config.prefetch_mib * 2**20 // self.batch_bytes()))
 
     def __iter__(self) -> Iterator[Batch]:

@@ -29,6 +29,7 @@ from pretrain.data.augment import AugmentConfig
 from pretrain.data.cache import CacheConfig
 from pretrain.data.loader import DataConfig, Loader
 from pretrain.data.streaming import StreamReader
+from pretrain.data.supply import IndexedSupply
 from pretrain.data.text import ClipTokenizerConfig, build_tokenizer
 from pretrain.world import World
 
@@ -315,6 +316,14 @@ def test_no_thread_outlives_the_iterator(tmp_path: Path) -> None:
     take(loader, 3)
     assert set(threading.enumerate()) == before
     assert [batch.keys for batch in take(loader, 2)]  # and it can begin again
+
+
+def test_without_threads_nothing_is_read_ahead(tmp_path: Path, monkeypatch) -> None:
+    read, rows = IndexedSupply.read, []
+    monkeypatch.setattr(IndexedSupply, "read", lambda self, *row: rows.append(row) or read(self, *row))
+    path = write_dataset(tmp_path / "a", [50])
+    take(Loader(DataConfig(path=str(path), threads=0), NoTokenizer(), 8, 10, 0, World()), 2)
+    assert len(rows) == 20
 
 
 def test_each_epoch_ends_with_a_proof(tmp_path: Path, caplog, monkeypatch) -> None:

@@ -518,6 +518,26 @@ def test_stages_and_other_fields(tmp_path: Path, monkeypatch) -> None:
     assert not loader.skipped  # what a stage rejects is not bad
 
 
+def is_the_first(sample: dict) -> bool:
+    return sample["__key__"] == "s0000_0000"
+
+
+def is_none(sample: dict) -> bool:
+    return False
+
+
+def test_a_stage_may_reject_most_samples_but_not_all(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    path = str(write_dataset(tmp_path / "a", [200]))
+    one = DataConfig(path=path, stages=[{"select": "test_loader.is_the_first"}])
+    assert take_keys(one, 10, 1, World()) == [["s0000_0000"] * 10]
+    none = DataConfig(path=path, threads=0, stages=[{"select": "test_loader.is_none"}])
+    with pytest.raises(
+        UserError, match="data.stages kept none of 10,000 samples; of the last one: test_loader.is_none"
+    ):
+        take_keys(none, 10, 1, World())
+
+
 def test_sizes_that_cannot_work_are_refused(shards: Path, tokenizer) -> None:
     with pytest.raises(ConfigError, match="cannot be shared equally by 3 ranks"):
         make(shards / "train", tokenizer, World(0, 3))

@@ -270,7 +270,9 @@ class Loader:
         captions = [self.load(filling, row) for row in range(first, last)]
         batch.ids[first:last], batch.mask[first:last] = self.tokenizer(captions)
         batch.text_id[first:last] = torch.tensor([stable_id(caption) for caption in captions])
-        batch.image_id[first:last] = torch.tensor([stable_id(key) for key in batch.keys[first:last]])
+        origins = [self.supply.origins[filling.dataset(row)] for row in range(first, last)]
+        named = zip(origins, batch.keys[first:last], strict=True)  # two builds may well have the same keys
+        batch.image_id[first:last] = torch.tensor([stable_id(f"{origin} {key}") for origin, key in named])
 
     def load(self, filling: Filling, row: int) -> str:
         """Fill one row, all but its text; returns the caption.

@@ -46,6 +46,7 @@ class Supply(Protocol):
     """
 
     names: list[str]  # of the datasets, as in the config
+    origins: list[int]  # the first dataset with the same tars: of views of one dataset, the same; keys are unique in it
     epoch_samples: int | None  # positions of an epoch: of a blend, of all its datasets together; of a stream, unknown
     ledger: Ledger | None
 
@@ -73,6 +74,8 @@ class IndexedSupply:
     def __init__(self, config: "DataConfig", entries: Sequence["DatasetConfig"], seed: int, global_batch: int) -> None:
         self.names = [entry.path for entry in entries]
         self.manifests = [load_dataset(entry.path, config.cache) for entry in entries]
+        tars = [manifest.tars for manifest in self.manifests]
+        self.origins = [tars.index(own) for own in tars]
         self._fingerprints = [manifest.fingerprint for manifest in self.manifests]
         samples = [manifest.samples for manifest in self.manifests]
         weights = choose_weights(entries, samples)
@@ -134,7 +137,7 @@ class StreamSupply:
     """
 
     def __init__(self, config: "DataConfig", seed: int, rank: int) -> None:
-        self.names, self.ledger, self.epoch_samples = [config.path], None, None
+        self.names, self.origins, self.ledger, self.epoch_samples = [config.path], [0], None, None
         self._config, self._seed, self._rank = config.stream, seed, rank
         self._lock = threading.Lock()
         self._failure: Exception | None = None  # what ended the samples: a generator tells it only once

@@ -214,6 +214,13 @@ def test_a_blend_keeps_its_shares_and_counts_them(tmp_path: Path) -> None:
     assert sum(key.startswith("a") for key in keys) == 78
 
 
+def test_equal_keys_of_two_datasets_are_two_pictures(tmp_path: Path) -> None:
+    paths = [write_dataset(tmp_path / name, [20]) for name in "ab"]  # with the same keys
+    config = DataConfig(datasets=[{"path": str(path), "weight": 1} for path in paths])
+    (batch,) = take(Loader(config, NoTokenizer(), 8, 40, 0, World()), 1)
+    assert len(set(batch.keys)) == 20 and len(set(batch.image_id.tolist())) == 40
+
+
 def test_captions_come_in_turn(tmp_path: Path) -> None:
     path = write_dataset(tmp_path / "a", [12])
     seen: dict[str, list[str]] = {}

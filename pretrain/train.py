@@ -180,60 +180,62 @@ def train_steps(config: RunConfig, life: Life, world: World) -> int:
     batches = iter(loader)
     life.start(step, steps, newest)
     stopping, saving = life.asks()
-    while step < steps and not stopping:
-        life.watch.enter("data", step)
-        batch = next(batches).to(world.device)
-        clock.data_ready()
-        life.watch.enter("step", step)
-        trained = step + 1 not in life.left_out.steps
-        if trained:
-            set_learning_rate(engine, learning_rate(config.engine, step, steps))
-            seed_torch(config.seed, step, world.rank)
-            losses, output = compute_gradients(
-                engine, batch, config.losses, step, micro_batch_size, world, teacher, momentum
-            )
-            spike = life.judge(step + 1, losses["total"], engine)
-            if spike and (target := life.rollback_target(saver)):
-                life.roll_back(step + 1, target, spike, batch)
-                batches.close()
-                step, extra = restore(engine, loader, life, target, identity)
-                momentum, ema = build_momentum(extra), build_ema(extra)
-                del extra
-                batches, metrics = iter(loader), metrics.go_back(step)
+    try:
+        while step < steps and not stopping:
+            life.watch.enter("data", step)
+            batch = next(batches).to(world.device)
+            clock.data_ready()
+            life.watch.enter("step", step)
+            trained = step + 1 not in life.left_out.steps
+            if trained:
+                set_learning_rate(engine, learning_rate(config.engine, step, steps))
+                seed_torch(config.seed, step, world.rank)
+                losses, output = compute_gradients(
+                    engine, batch, config.losses, step, micro_batch_size, world, teacher, momentum
+                )
+                spike = life.judge(step + 1, losses["total"], engine)
+                if spike and (target := life.rollback_target(saver)):
+                    life.roll_back(step + 1, target, spike, batch)
+                    batches.close()
+                    step, extra = restore(engine, loader, life, target, identity)
+                    momentum, ema = build_momentum(extra), build_ema(extra)
+                    del extra
+                    batches, metrics = iter(loader), metrics.go_back(step)
+                    clock.leave_out()
+                    continue
+                if spike:
+                    drop_gradients(engine)
+                    life.skip(step + 1, spike, all_keys(batch, world))
+                else:
+                    applied = apply_gradients(engine)
+                    if momentum and applied:
+                        momentum.follow(output.momentum, step)
+                    if ema and applied:
+                        ema.follow()
+                    bad_keys = bad_steps.check(step + 1, applied, batch, losses, output)
+                    if bad_keys is not None:
+                        life.skip(step + 1, "loss or gradients not finite", bad_keys)
+            step += 1
+            clock.step_done()
+            loader.close_epochs()
+            metrics.step_done()
+            stopping, saving = life.asks()
+            if trained and (step % config.train.log_every_steps == 0 or step in (1, steps)):
+                values = measure(engine, losses, loader, bad_steps, world) | clock.rates(batch_size)
+                if peak:
+                    values |= utilisation(flops, values["rate/samples_per_s"], peak, world)
+                metrics.log(step, values)
+            if step % config.checkpoint.every_steps == 0 or step == steps or stopping or saving:
+                life.watch.enter("save", step)
+                beside = (momentum.state() if momentum else {}) | (ema.state() if ema else {})
+                saver.save(step, run_state(config, loader, life, step, world), beside)
+                del beside
                 clock.leave_out()
-                continue
-            if spike:
-                drop_gradients(engine)
-                life.skip(step + 1, spike, all_keys(batch, world))
             else:
-                applied = apply_gradients(engine)
-                if momentum and applied:
-                    momentum.follow(output.momentum, step)
-                if ema and applied:
-                    ema.follow()
-                bad_keys = bad_steps.check(step + 1, applied, batch, losses, output)
-                if bad_keys is not None:
-                    life.skip(step + 1, "loss or gradients not finite", bad_keys)
-        step += 1
-        clock.step_done()
-        loader.close_epochs()
-        metrics.step_done()
-        stopping, saving = life.asks()
-        if trained and (step % config.train.log_every_steps == 0 or step in (1, steps)):
-            values = measure(engine, losses, loader, bad_steps, world) | clock.rates(batch_size)
-            if peak:
-                values |= utilisation(flops, values["rate/samples_per_s"], peak, world)
-            metrics.log(step, values)
-        if step % config.checkpoint.every_steps == 0 or step == steps or stopping or saving:
-            life.watch.enter("save", step)
-            beside = (momentum.state() if momentum else {}) | (ema.state() if ema else {})
-            saver.save(step, run_state(config, loader, life, step, world), beside)
-            del beside
-            clock.leave_out()
-        else:
-            saver.poll()
-    saver.close()
-    batches.close()
+                saver.poll()
+        saver.close()
+    finally:  # also where a step fails: else what is under way would be finished before the process ends
+        batches.close()
     metrics.close()
     return life.end(step, steps)
 

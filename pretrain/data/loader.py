@@ -35,6 +35,7 @@ from pretrain.world import World
 log = logging.getLogger(__name__)
 
 MAX_BAD_IN_A_ROW = 100
+MAX_REJECTED_IN_A_ROW = 10_000  # by stages of the user, which may well want one sample in a hundred
 JUDGE_AFTER_SAMPLES = 1000  # a share of bad samples says nothing before
 MAX_AHEAD_BATCHES = 32  # however small they are
 MAX_ROWS_A_TASK = 16
@@ -134,7 +135,9 @@ class Filling:
     batch: Batch
     draw: Draw
     true_text_ids: list[list[int]]  # [B] of all captions of each picture
-    failures: list[list[Exception]]  # [B] why samples before the one that was taken could not be used
+    failures: list[
+        list[Exception]
+    ]  # [B] why samples before the one that was taken could not be used; those that stages rejected could
     pixels: np.ndarray  # uint8 [B,3,S,S], the memory of `batch.image`
     tasks: list[Future] = field(default_factory=list)
 
@@ -210,7 +213,9 @@ class Loader:
         return self.rows * 3 * self.image_size**2
 
     def ahead(self) -> int:
-        """Batches that are under way at once."""
+        """Batches that are under way beside the one that is taken."""
+        if not self.config.threads:
+            return 0  # the training thread would do all of it before it got the first
         return min(MAX_AHEAD_BATCHES, max(2, self.config.prefetch_mib * 2**20 // self.batch_bytes()))
 
     def __iter__(self) -> Iterator[Batch]:
@@ -265,7 +270,9 @@ class Loader:
         captions = [self.load(filling, row) for row in range(first, last)]
         batch.ids[first:last], batch.mask[first:last] = self.tokenizer(captions)
         batch.text_id[first:last] = torch.tensor([stable_id(caption) for caption in captions])
-        batch.image_id[first:last] = torch.tensor([stable_id(key) for key in batch.keys[first:last]])
+        origins = [self.supply.origins[filling.dataset(row)] for row in range(first, last)]
+        named = zip(origins, batch.keys[first:last], strict=True)  # two builds may well have the same keys
+        batch.image_id[first:last] = torch.tensor([stable_id(f"{origin} {key}") for origin, key in named])
 
     def load(self, filling: Filling, row: int) -> str:
         """Fill one row, all but its text; returns the caption.
@@ -273,9 +280,18 @@ class Loader:
         A sample that cannot be used is replaced by a rule that depends on nothing but the position.
         """
         failures = filling.failures[row]
-        for attempt in range(MAX_BAD_IN_A_ROW):
+        rejected = 0
+        while len(failures) < MAX_BAD_IN_A_ROW:
             try:
-                return self.decode(self.stages(self.supply.read(filling.draw, row, attempt)), filling, row)
+                raw = self.supply.read(filling.draw, row, len(failures) + rejected)
+                return self.decode(self.stages(raw), filling, row)
+            except Rejected as error:
+                rejected += 1
+                if rejected == MAX_REJECTED_IN_A_ROW:
+                    raise UserError(
+                        f"{self.supply.names[filling.dataset(row)]}: data.stages kept none of {rejected:,} samples; of the last "
+                        f"one: {error}"
+                    ) from None
             except BAD_READS as error:
                 failures.append(error.with_traceback(None))
         reason, count = Counter(map(str, failures)).most_common(1)[0]
@@ -315,12 +331,8 @@ class Loader:
         return batch
 
     def judge(self, dataset: int, failures: list[Exception]) -> None:
-        """Count a sample, name the first bad one and each thousandth, and stop where too many are bad.
-
-        One that a stage of the user's rejected is not bad, and not counted.
-        """
+        """Count a sample, name the first bad one and each thousandth, and stop where too many are bad."""
         self.seen[dataset] += 1
-        failures = [error for error in failures if not isinstance(error, Rejected)]
         self.bad_in_a_row = self.bad_in_a_row + 1 if failures else 0
         if not failures:
             return

@@ -15,6 +15,7 @@ import numpy as np
 
 from data_tools.shards import RawSample, ShardError, ShardReader
 from pretrain.config import ConfigError
+from pretrain.data.cache import ReaderClosed
 from pretrain.data.decode import BadSample
 from pretrain.data.ledger import Ledger
 from pretrain.data.order import Places, build_order
@@ -35,7 +36,7 @@ class Draw:
     """Which samples stand at some positions. Shape legend: n positions."""
 
     positions: np.ndarray  # int64 [n]
-    places: Places  # [n]; of a stream, zeros
+    places: Places  # [n]; of a stream, whose epochs nobody knows, positions as epochs and zeros
 
 
 class Supply(Protocol):
@@ -45,6 +46,7 @@ class Supply(Protocol):
     """
 
     names: list[str]  # of the datasets, as in the config
+    origins: list[int]  # the first dataset with the same tars: of views of one dataset, the same; keys are unique in it
     epoch_samples: int | None  # positions of an epoch: of a blend, of all its datasets together; of a stream, unknown
     ledger: Ledger | None
 
@@ -72,6 +74,8 @@ class IndexedSupply:
     def __init__(self, config: "DataConfig", entries: Sequence["DatasetConfig"], seed: int, global_batch: int) -> None:
         self.names = [entry.path for entry in entries]
         self.manifests = [load_dataset(entry.path, config.cache) for entry in entries]
+        tars = [manifest.tars for manifest in self.manifests]
+        self.origins = [tars.index(own) for own in tars]
         self._fingerprints = [manifest.fingerprint for manifest in self.manifests]
         samples = [manifest.samples for manifest in self.manifests]
         weights = choose_weights(entries, samples)
@@ -133,25 +137,32 @@ class StreamSupply:
     """
 
     def __init__(self, config: "DataConfig", seed: int, rank: int) -> None:
-        self.names, self.ledger, self.epoch_samples = [config.path], None, None
+        self.names, self.origins, self.ledger, self.epoch_samples = [config.path], [0], None, None
         self._config, self._seed, self._rank = config.stream, seed, rank
         self._lock = threading.Lock()
+        self._failure: Exception | None = None  # what ended the samples: a generator tells it only once
 
     def describe(self) -> dict[str, Any]:
         return {"stream": self.names[0]}
 
     def open(self, position: int, under_way: int) -> None:
         self._reader = StreamReader(self.names[0], self._config, seed=self._seed, rank=self._rank, position=position)
-        self._samples = iter(self._reader)
+        self._samples, self._failure = iter(self._reader), None
 
     def draw(self, positions: np.ndarray) -> Draw:
         nothing = np.zeros(len(positions), np.int64)
-        return Draw(positions, Places(nothing, nothing, nothing, nothing))
+        return Draw(positions, Places(nothing, positions, nothing, nothing))  # so that captions are drawn anew
 
     def read(self, draw: Draw, row: int, attempt: int) -> RawSample:
-        """Whatever comes next. Raises UserError when nothing more can be had."""
+        """Whatever comes next. Raises UserError when nothing more can be had, in every thread that asks."""
         with self._lock:
-            return next(self._samples)
+            if self._failure is not None:
+                raise self._failure
+            try:
+                return next(self._samples)
+            except Exception as error:
+                self._failure = ReaderClosed() if isinstance(error, StopIteration) else error
+                raise self._failure from None
 
     def close(self) -> None:
         self._reader.close()

@@ -3,6 +3,7 @@
 import os
 import resource
 import time
+from contextlib import suppress
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from tqdm import tqdm
 from pretrain.data.augment import choose_box, draw, train_pixels
 from pretrain.data.decode import decode_part, open_picture
 from pretrain.data.loader import Loader, find_picture, read_captions
+from pretrain.data.stages import Rejected
 from pretrain.data.supply import BAD_READS, IndexedSupply
 from pretrain.data.text import build_tokenizer
 from pretrain.doctor.order import ideal_same_shard_rate, read_amplification, same_shard_rate
@@ -37,7 +39,11 @@ def examine(config: "RunConfig", world_size: int = 1, threads: list[int] | None 
     size, batch = config.model.image.image_size, config.train.batch_size
     world = World(0, world_size)
     cores = len(os.sched_getaffinity(0))
-    threads = threads or sorted({1, *(2**power for power in range(1, 10) if 2**power < cores), cores})
+    threads = (
+        sorted(set(threads))
+        if threads
+        else sorted({1, *(2**power for power in range(1, 10) if 2**power < cores), cores})
+    )
 
     def make(count: int) -> Loader:
         data = config.data.model_copy(update={"threads": count})
@@ -75,7 +81,8 @@ def time_stages(loader: Loader) -> tuple[dict[str, float], int]:
     try:
         positions = np.arange(STAGE_SAMPLES)
         drawn = supply.draw(positions)
-        supply.read(drawn, 0, 0)  # opens files
+        with suppress(*BAD_READS):
+            supply.read(drawn, 0, 0)  # opens files
         captions, pixels, bad = [], [], 0
         for row in range(STAGE_SAMPLES):
             begun = clock()
@@ -91,8 +98,8 @@ def time_stages(loader: Loader) -> tuple[dict[str, float], int]:
                 augment = generator(loader.seed, "augment", row)
                 pixels.append(train_pixels(encoded, loader.image_size, config.augment, augment))
                 done = clock()
-            except BAD_READS:
-                bad += 1
+            except BAD_READS as error:
+                bad += not isinstance(error, Rejected)
                 continue
             captions.append(texts[0])
             spent["read"] += read - begun

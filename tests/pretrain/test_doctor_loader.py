@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from paths import TINY
 
+from data_tools.shards import ShardError
 from pretrain.__main__ import main
 from pretrain.config import load_config
 from pretrain.data import supply
@@ -47,3 +48,17 @@ def test_a_slow_store_is_what_limits(shards: Path, monkeypatch: pytest.MonkeyPat
     assert max(report["stages_s"], key=report["stages_s"].get) == "read" and report["stages_s"]["read"] > 0.02
     assert report["samples_per_s"][4] > 2 * report["samples_per_s"][1] and report["threads"] == 4
     assert "What limits: read" in doctor.render(report)
+
+
+def test_a_first_sample_that_is_bad(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = supply.IndexedSupply.read
+
+    def read_all_but_the_first(self, draw, row: int, attempt: int):
+        if draw.positions[row] == 0 and not attempt:
+            raise ShardError("a damaged header")
+        return read(self, draw, row, attempt)
+
+    monkeypatch.setattr(supply.IndexedSupply, "read", read_all_but_the_first)
+    config = load_config(TINY, [f"data.path={shards / 'train'}", "run=none", "train.batch_size=8"], RunConfig)
+    report = doctor.examine(config, threads=[2, 1])
+    assert report["bad"] == 1 and list(report["samples_per_s"]) == [1, 2]

@@ -28,6 +28,8 @@ from pretrain.config import ConfigError
 from pretrain.data.augment import AugmentConfig
 from pretrain.data.cache import CacheConfig
 from pretrain.data.loader import DataConfig, Loader
+from pretrain.data.streaming import StreamReader
+from pretrain.data.supply import IndexedSupply
 from pretrain.data.text import ClipTokenizerConfig, build_tokenizer
 from pretrain.world import World
 
@@ -212,6 +214,13 @@ def test_a_blend_keeps_its_shares_and_counts_them(tmp_path: Path) -> None:
     assert sum(key.startswith("a") for key in keys) == 78
 
 
+def test_equal_keys_of_two_datasets_are_two_pictures(tmp_path: Path) -> None:
+    paths = [write_dataset(tmp_path / name, [20]) for name in "ab"]  # with the same keys
+    config = DataConfig(datasets=[{"path": str(path), "weight": 1} for path in paths])
+    (batch,) = take(Loader(config, NoTokenizer(), 8, 40, 0, World()), 1)
+    assert len(set(batch.keys)) == 20 and len(set(batch.image_id.tolist())) == 40
+
+
 def test_captions_come_in_turn(tmp_path: Path) -> None:
     path = write_dataset(tmp_path / "a", [12])
     seen: dict[str, list[str]] = {}
@@ -314,6 +323,14 @@ def test_no_thread_outlives_the_iterator(tmp_path: Path) -> None:
     take(loader, 3)
     assert set(threading.enumerate()) == before
     assert [batch.keys for batch in take(loader, 2)]  # and it can begin again
+
+
+def test_without_threads_nothing_is_read_ahead(tmp_path: Path, monkeypatch) -> None:
+    read, rows = IndexedSupply.read, []
+    monkeypatch.setattr(IndexedSupply, "read", lambda self, *row: rows.append(row) or read(self, *row))
+    path = write_dataset(tmp_path / "a", [50])
+    take(Loader(DataConfig(path=str(path), threads=0), NoTokenizer(), 8, 10, 0, World()), 2)
+    assert len(rows) == 20
 
 
 def test_each_epoch_ends_with_a_proof(tmp_path: Path, caplog, monkeypatch) -> None:
@@ -459,6 +476,31 @@ def test_a_stream(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.parametrize("captions", ["random", "turn"])
+def test_a_stream_draws_captions_anew(captions: str, tmp_path: Path) -> None:
+    path = write_dataset(tmp_path / "a", [10])
+    loader = Loader(DataConfig(path=f"pipe:cat {path}/00000.tar", captions=captions), NoTokenizer(), 8, 10, 0, World())
+    seen: dict[str, set[int]] = {}
+    for batch in take(loader, 20):
+        for key, text in zip(batch.keys, batch.text_id.tolist(), strict=True):
+            seen.setdefault(key, set()).add(text)
+    assert {len(texts) for texts in seen.values()} == {3}
+
+
+def test_the_end_of_a_stream_is_told_to_every_thread(monkeypatch) -> None:
+    def end_at_once(self):
+        raise UserError("nothing more comes")
+        yield
+
+    monkeypatch.setattr(StreamReader, "__iter__", end_at_once)
+    supply = Loader(DataConfig(path="pipe:true"), NoTokenizer(), 8, 10, 0, World()).supply
+    supply.open(0, 1)
+    for row in range(2):
+        with pytest.raises(UserError, match="nothing more comes"):
+            supply.read(supply.draw(np.arange(2)), row, 0)
+    supply.close()
+
+
 def is_even(sample: dict) -> bool:
     return int(sample["__key__"][-1]) % 2 == 0
 
@@ -481,6 +523,26 @@ def test_stages_and_other_fields(tmp_path: Path, monkeypatch) -> None:
         )
         assert batch.extra["cls"] == [None] * 10
     assert not loader.skipped  # what a stage rejects is not bad
+
+
+def is_the_first(sample: dict) -> bool:
+    return sample["__key__"] == "s0000_0000"
+
+
+def is_none(sample: dict) -> bool:
+    return False
+
+
+def test_a_stage_may_reject_most_samples_but_not_all(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    path = str(write_dataset(tmp_path / "a", [200]))
+    one = DataConfig(path=path, stages=[{"select": "test_loader.is_the_first"}])
+    assert take_keys(one, 10, 1, World()) == [["s0000_0000"] * 10]
+    none = DataConfig(path=path, threads=0, stages=[{"select": "test_loader.is_none"}])
+    with pytest.raises(
+        UserError, match="data.stages kept none of 10,000 samples; of the last one: test_loader.is_none"
+    ):
+        take_keys(none, 10, 1, World())
 
 
 def test_sizes_that_cannot_work_are_refused(shards: Path, tokenizer) -> None:

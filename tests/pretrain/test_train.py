@@ -15,8 +15,10 @@ from paths import ROOT, TINY
 from safetensors.torch import load_file
 
 from data_tools.errors import UserError
+from pretrain import life
 from pretrain.__main__ import main
 from pretrain.config import ConfigError, load_config
+from pretrain.data.loader import Loader
 from pretrain.train import RunConfig, check_micro_batches, find_checkpoint
 from pretrain.world import World
 
@@ -239,3 +241,20 @@ def test_it_runs_under_torchrun(shards: Path, tmp_path: Path) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert len(metrics(tmp_path / "run")) == 2
+
+
+def test_a_step_that_fails_leaves_nothing_under_way(shards: Path, tmp_path: Path, monkeypatch) -> None:
+    closed = []
+
+    class Batches:
+        def __next__(self):
+            raise RuntimeError("a mistake")
+
+        def close(self) -> None:
+            closed.append(True)
+
+    monkeypatch.setattr(Loader, "__iter__", lambda self: Batches())
+    monkeypatch.setattr(life.StopRequest, "__init__", lambda self: setattr(self, "requested", False))
+    with pytest.raises(RuntimeError, match="a mistake"):
+        main(arguments(shards, tmp_path / "run"))
+    assert closed

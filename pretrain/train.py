@@ -23,7 +23,7 @@ from pretrain import __version__, checkpoint
 from pretrain.accumulate import BadSteps, compute_gradients
 from pretrain.checkpoint import CheckpointConfig, Saver
 from pretrain.config import ConfigError, ConfigModel, load_config, render_config
-from pretrain.data.loader import DataConfig, Loader
+from pretrain.data.loader import DataConfig, Loader, open_loader
 from pretrain.data.text import build_tokenizer
 from pretrain.ema import Ema, EmaConfig
 from pretrain.engine import (
@@ -138,7 +138,7 @@ def train_steps(config: RunConfig, life: Life, world: World) -> int:
     import_deepspeed()  # before transformers does, which would not keep its linker quiet
     tokenizer = build_tokenizer(config.model.tokenizer, config.model.text.context_length)
     image_size, batch_size = config.model.image.image_size, config.train.batch_size
-    loader = Loader(config.data, tokenizer, image_size, batch_size, config.seed, world)
+    loader = open_loader(config.data, tokenizer, image_size, batch_size, config.seed, world)
     newest = find_checkpoint(config, world)
     model = build_model(config.model, tokenizer, config.seed, world).train()
     micro_batch_size = fit_micro_batch(config.train, newest, world)

@@ -7,6 +7,7 @@ Shape legend: B pairs per rank, G = B x world, C captions a picture, L text toke
 """
 
 import logging
+import socket
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -327,7 +328,8 @@ class Loader:
         for row, failures in enumerate(filling.failures):
             self.judge(filling.dataset(row), failures)
         if self.supply.ledger:
-            self.supply.ledger.add(filling.draw.places)
+            filled = np.array([key != "" for key in batch.keys])  # what did not arrive is not booked
+            self.supply.ledger.add(filling.draw.places.where(filled))
         return batch
 
     def judge(self, dataset: int, failures: list[Exception]) -> None:
@@ -347,3 +349,31 @@ class Loader:
                 f"{name}: {skipped} of {seen} samples could not be used, more than data.max_bad_share = "
                 f"{self.config.max_bad_share:g}; the last one: {failures[0]}. {ADVICE}"
             )
+
+
+def open_loader(
+    config: DataConfig, tokenizer: Tokenizer, image_size: int, global_batch: int, seed: int, world: World
+) -> Loader:
+    """A `Loader` on every rank, of the same data. Collective.
+
+    Raises UserError on every rank where one cannot open its data or has other data than rank 0: it would take other samples,
+    and perhaps another number of steps, while the others wait for it.
+    """
+    loader = problem = None
+    try:
+        loader = Loader(config, tokenizer, image_size, global_batch, seed, world)
+    except UserError as error:
+        problem = error
+    described = loader.supply.describe() if loader else {}
+    told = world.gather_objects((socket.gethostname(), str(problem or ""), described))
+    if problem:
+        raise problem
+    for rank, (host, others_problem, others) in enumerate(told):
+        if others_problem:
+            raise UserError(f"rank {rank} on {host} cannot open its data: {others_problem}")
+        if differing := [name for name in described if others.get(name) != told[0][2][name]]:
+            raise UserError(
+                f"{', '.join(loader.supply.names)}: rank {rank} on {host} sees other data than rank 0 on {told[0][0]} "
+                f"({', '.join(differing)} differ). Give all nodes the same shards, manifest.json and quarantine.json"
+            )
+    return loader

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import threading
 from collections import Counter
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +29,7 @@ from data_tools.shards import Manifest, write_shard
 from pretrain.config import ConfigError
 from pretrain.data.augment import AugmentConfig
 from pretrain.data.cache import CacheConfig
-from pretrain.data.loader import DataConfig, Loader
+from pretrain.data.loader import DataConfig, Loader, open_loader
 from pretrain.data.streaming import StreamReader
 from pretrain.data.supply import IndexedSupply
 from pretrain.data.text import ClipTokenizerConfig, build_tokenizer
@@ -395,7 +397,7 @@ def test_the_proof_covers_all_ranks_and_a_resume(tmp_path: Path) -> None:
 KILLED = """
 import json, sys
 from test_loader import NoTokenizer
-from pretrain.data.loader import DataConfig, Loader
+from pretrain.data.loader import DataConfig, Loader, open_loader
 from pretrain.world import World
 
 path, state_path, rank, size, steps = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:])
@@ -573,3 +575,43 @@ def test_blends_that_cannot_be_meant(values: dict, text: str) -> None:
 def test_a_list_is_short_for_a_blend() -> None:
     entries = [{"path": "a", "weight": 1.5}, {"path": "b", "weight": 1}]
     assert DataConfig.model_validate(entries) == DataConfig(datasets=entries)
+
+
+def open_own(world: World, paths: list[Path]) -> str:
+    """What is said when each rank opens the data of its own path."""
+    config = DataConfig(path=str(paths[world.rank]))
+    try:
+        open_loader(config, NoTokenizer(), 8, 4, 0, world)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_with_other_data_or_none_are_told_on_every_rank(shards: Path, tmp_path: Path) -> None:
+    copy, other, nothing = tmp_path / "copy", tmp_path / "other", tmp_path / "nothing"
+    shutil.copytree(shards / "train", copy)
+    shutil.copytree(shards / "val", other)
+    assert run_on_ranks(open_own, 2, [shards / "train", copy]) == ["", ""]
+    for path, message in ((other, "rank 1 on .* sees other data than rank 0"), (nothing, "nothing")):
+        said = run_on_ranks(open_own, 2, [shards / "train", path])
+        assert all(re.search(message, text) for text in said), said
+    assert "rank 1" in said[0]
+
+
+def test_a_row_that_was_not_filled_raises_the_alarm(shards: Path, caplog: pytest.LogCaptureFixture) -> None:
+    loader = Loader(DataConfig(path=str(shards / "train"), threads=0), NoTokenizer(), 8, 12, 0, World())
+    fill, lost = loader.fill, []
+
+    def fill_and_lose(filling: Any, first: int, last: int) -> None:
+        fill(filling, first, last)
+        if not lost:
+            lost.append(filling.batch.keys[0])
+            filling.batch.keys[0] = ""
+
+    loader.fill = fill_and_lose
+    batches = iter(loader)
+    for _ in range(5):
+        next(batches)
+        loader.close_epochs()
+    batches.close()
+    assert lost and "1 too few" in caplog.text

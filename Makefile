@@ -1,5 +1,6 @@
 # make demo   the whole path on drawn scenes: shards, training, evaluation, exports
 # make test   the tests
+# make test-faults   many real processes killed and hung at random
 # make lint   ruff
 # make test-compat   our shards in the readers of others, each in an environment of its own (.compat/NAME)
 # Each sets up .venv first, from setup.py and constraints.txt.
@@ -9,13 +10,16 @@ VENV := .venv
 READY := $(VENV)/.ready
 READERS := energon huggingface open_clip
 
-.PHONY: demo test test-compat lint clean
+.PHONY: demo test test-faults test-compat lint clean
 
 demo: $(READY)
 	$(VENV)/bin/python -m pretrain demo
 
 test: $(READY)
 	$(VENV)/bin/python -m pytest
+
+test-faults: $(READY)
+	$(VENV)/bin/python -m pytest -m faults
 
 test-compat: $(READY) $(READERS:%=.compat/%/.ready)
 	$(VENV)/bin/python -m pytest tests/compat

@@ -106,7 +106,10 @@ def carry_back(whole: ModelOutput, output: ModelOutput, start: int, stop: int) -
 def infect(scalar: Tensor, loss: Tensor, output: ModelOutput) -> Tensor:
     """`scalar`, with a gradient that is not finite where `loss` is not: an infinite loss may have finite gradients, and
     the reduction of gradients is how the other ranks hear of it."""
-    return scalar + (loss.detach() * 0 * output.logit_scale).sum()
+    nothing = loss.detach() * 0
+    for part in (output.logit_scale, output.image_embed, output.text_embed):  # of which some may be frozen
+        scalar = scalar + (nothing * part).sum()
+    return scalar
 
 
 class BadSteps:

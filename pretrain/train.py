@@ -261,6 +261,11 @@ def check_micro_batches(model: torch.nn.Module, size: int | None, rows: int) -> 
         raise ConfigError(
             f"train.micro_batch_size: {size} does not divide the {rows} pairs of a rank. Choose a divisor"
         )
+    if any(type(module).__name__.endswith("DropPath") and module.drop_prob for module in model.modules()):
+        raise ConfigError(
+            "train.micro_batch_size: this model drops whole branches (drop_path_rate) by a generator that cannot be replayed "
+            "in the second pass. Leave one of the two out"
+        )
     if any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in model.modules()):
         raise ConfigError(
             "train.micro_batch_size: this model has batch normalisation, whose statistics are of what is computed at once. "

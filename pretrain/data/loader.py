@@ -79,6 +79,8 @@ class DataConfig(ConfigModel):
         if (self.path is None) == (self.datasets is None):
             raise ValueError("give either data.path, or several datasets in data.datasets")
         given = [(entry.weight is not None, entry.epochs is not None) for entry in self.datasets or []]
+        if (True, True) in given:
+            raise ValueError("data.datasets: a dataset has a weight or epochs, not both")
         if len(given) > 1 and set(given) not in ({(True, False)}, {(False, True)}):
             raise ValueError("data.datasets: give each a weight, or each its epochs")
         if len({entry.path for entry in self.datasets or []}) < len(self.datasets or []):
@@ -136,9 +138,8 @@ class Filling:
     batch: Batch
     draw: Draw
     true_text_ids: list[list[int]]  # [B] of all captions of each picture
-    failures: list[
-        list[Exception]
-    ]  # [B] why samples before the one that was taken could not be used; those that stages rejected could
+    failures: list[list[Exception]]  # [B] why samples before the one that was taken could not be used
+    rejected: list[int]  # [B] samples before it that stages did not want
     pixels: np.ndarray  # uint8 [B,3,S,S], the memory of `batch.image`
     tasks: list[Future] = field(default_factory=list)
 
@@ -168,7 +169,10 @@ class Loader:
         self.global_batch, self.rows = global_batch, global_batch // world.size
         self.position = 0
         self.bad_in_a_row = 0
-        self.seen, self.skipped = Counter(), Counter()  # samples and replaced ones of this rank, by dataset
+        # Of this rank, by dataset: samples, those that were replaced, those that stages rejected. After a resume, rank 0 has
+        # what all had before.
+        self.seen, self.skipped, self.rejected = Counter(), Counter(), Counter()
+        self.last_failure = ""
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint. Collective."""
@@ -179,6 +183,7 @@ class Loader:
             "global_batch": self.global_batch,
             "supply": self.supply.describe(),
             "ledger": ledger.state(self.world) if ledger else [],
+            "counts": [[counts[number] for number in range(len(self.supply.names))] for counts in self.add_up()[0]],
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -192,6 +197,8 @@ class Loader:
                     f"{now.get(name)}, so the order of samples would change. Put it back, or start a new run folder."
                 )
         self.position = state["position"]
+        counts = state.get("counts", [[], [], []]) if self.world.is_main else [[], [], []]
+        self.seen, self.skipped, self.rejected = (Counter(dict(enumerate(numbers))) for numbers in counts)
         if self.supply.ledger:
             self.supply.ledger.restore(state["ledger"], self.position, self.world)
 
@@ -200,14 +207,30 @@ class Loader:
         for report in self.supply.ledger.close_epochs(self.position, self.world) if self.supply.ledger else []:
             log.log(logging.INFO if report.matched else logging.ERROR, report.message)
 
+    def add_up(self) -> tuple[tuple[Counter, Counter, Counter], str]:
+        """Samples, replaced and rejected ones of all ranks since the run began, by dataset, and why one was replaced.
+        Collective."""
+        everyone = self.world.gather_objects((self.seen, self.skipped, self.rejected, self.last_failure))
+        counts = tuple(sum((part[which] for part in everyone), Counter()) for which in range(3))
+        return counts, next((part[3] for part in everyone if part[3]), "")
+
     def measure(self) -> dict[str, float]:
-        """Samples taken and replaced so far, over all ranks and since the run was last started. Collective."""
-        everyone = self.world.gather_objects((self.seen, self.skipped))
-        seen, skipped = (sum((part[which] for part in everyone), Counter()) for which in (0, 1))
+        """Samples taken, replaced and rejected by stages so far, over all ranks and since the run began. Collective.
+
+        Raises UserError, on every rank, where too many had to be replaced.
+        """
+        (seen, skipped, rejected), failure = self.add_up()
         values = {"data/skipped": skipped.total()}
+        if self.config.stages:
+            values["data/rejected"] = rejected.total()
         if len(self.supply.names) > 1:
             for number, name in enumerate(self.supply.names):
                 values |= {f"data/samples/{name}": seen[number], f"data/skipped/{name}": skipped[number]}
+        if seen.total() >= JUDGE_AFTER_SAMPLES and skipped.total() > self.config.max_bad_share * seen.total():
+            raise UserError(
+                f"{', '.join(self.supply.names)}: {skipped.total()} of {seen.total()} samples could not be used, more than "
+                f"data.max_bad_share = {self.config.max_bad_share:g}; one of them: {failure}. {ADVICE}"
+            )
         return values
 
     def batch_bytes(self) -> int:
@@ -259,7 +282,7 @@ class Loader:
             extra={name: [None] * rows for name in self.config.fields},
         )
         lists = [[[] for _ in range(rows)] for _ in range(2)]
-        filling = Filling(batch, self.supply.draw(positions), *lists, batch.image.numpy())
+        filling = Filling(batch, self.supply.draw(positions), *lists, [0] * rows, batch.image.numpy())
         step = max(1, min(MAX_ROWS_A_TASK, rows // (2 * max(1, self.config.threads))))
         for first in range(0, rows, step):
             filling.tasks.append(pool.submit(self.fill, filling, first, min(rows, first + step)))
@@ -281,17 +304,16 @@ class Loader:
         A sample that cannot be used is replaced by a rule that depends on nothing but the position.
         """
         failures = filling.failures[row]
-        rejected = 0
         while len(failures) < MAX_BAD_IN_A_ROW:
             try:
-                raw = self.supply.read(filling.draw, row, len(failures) + rejected)
+                raw = self.supply.read(filling.draw, row, len(failures) + filling.rejected[row])
                 return self.decode(self.stages(raw), filling, row)
             except Rejected as error:
-                rejected += 1
-                if rejected == MAX_REJECTED_IN_A_ROW:
+                filling.rejected[row] += 1
+                if filling.rejected[row] == MAX_REJECTED_IN_A_ROW:
                     raise UserError(
-                        f"{self.supply.names[filling.dataset(row)]}: data.stages kept none of {rejected:,} samples; of the last "
-                        f"one: {error}"
+                        f"{self.supply.names[filling.dataset(row)]}: data.stages kept none of {MAX_REJECTED_IN_A_ROW:,} samples; "
+                        f"of the last one: {error}"
                     ) from None
             except BAD_READS as error:
                 failures.append(error.with_traceback(None))
@@ -326,29 +348,26 @@ class Loader:
         if batch.image.is_pinned():
             batch.true_text_id = batch.true_text_id.pin_memory()
         for row, failures in enumerate(filling.failures):
-            self.judge(filling.dataset(row), failures)
+            self.rejected[filling.dataset(row)] += filling.rejected[row]
+            self.note(filling.dataset(row), failures)
         if self.supply.ledger:
             filled = np.array([key != "" for key in batch.keys])  # what did not arrive is not booked
             self.supply.ledger.add(filling.draw.places.where(filled))
         return batch
 
-    def judge(self, dataset: int, failures: list[Exception]) -> None:
-        """Count a sample, name the first bad one and each thousandth, and stop where too many are bad."""
+    def note(self, dataset: int, failures: list[Exception]) -> None:
+        """Count a sample, name the first bad one and each thousandth, and stop where many in a row are bad."""
         self.seen[dataset] += 1
         self.bad_in_a_row = self.bad_in_a_row + 1 if failures else 0
         if not failures:
             return
         self.skipped[dataset] += 1
-        name, skipped, seen = self.supply.names[dataset], self.skipped.total(), self.seen.total()
+        name, skipped = self.supply.names[dataset], self.skipped.total()
+        self.last_failure = f"{name}: {failures[0]}"
         if skipped == 1 or skipped % 1000 == 0:
             log.warning("%s: a sample was replaced, %d so far: %s", name, skipped, failures[0])
         if self.bad_in_a_row == MAX_BAD_IN_A_ROW:
             raise UserError(f"{name}: {MAX_BAD_IN_A_ROW} samples in a row could not be used: {failures[0]}. {ADVICE}")
-        if seen >= JUDGE_AFTER_SAMPLES and skipped > self.config.max_bad_share * seen:
-            raise UserError(
-                f"{name}: {skipped} of {seen} samples could not be used, more than data.max_bad_share = "
-                f"{self.config.max_bad_share:g}; the last one: {failures[0]}. {ADVICE}"
-            )
 
 
 def open_loader(

@@ -283,12 +283,24 @@ def test_bad_samples_are_the_same_everywhere(tmp_path: Path) -> None:
     assert [sum(step, []) for step in zip(*parts, strict=True)] == alone[31:]
 
 
-def test_too_many_bad_samples_end_the_run(tmp_path: Path) -> None:
+def test_too_many_bad_samples_end_the_run_also_over_resumes(tmp_path: Path) -> None:
     path = write_dataset(tmp_path / "a", [200, 300])
     flip_bytes(path, 0.2)
-    with pytest.raises(UserError, match=r"of 1\d\d\d samples could not be used, more than data.max_bad_share = 0.05"):
-        take_keys(DataConfig(path=str(path)), 25, 60, World())
-    assert len(take_keys(DataConfig(path=str(path), max_bad_share=0.5), 25, 60, World())) == 60
+    strict, lenient = DataConfig(path=str(path)), DataConfig(path=str(path), max_bad_share=0.5)
+    loader = Loader(strict, NoTokenizer(), 8, 25, 3, World())
+    take(loader, 30)
+    assert loader.measure()["data/skipped"] > 100  # fewer than a thousand samples: too early to judge
+    state = json.loads(json.dumps(loader.state()))
+    for config in (strict, lenient):
+        loader = Loader(config, NoTokenizer(), 8, 25, 3, World())
+        loader.restore(state)
+        take(loader, 10)
+        if config is lenient:
+            assert 150 < loader.measure()["data/skipped"] < 250
+            continue
+        message = r"of 1000 samples could not be used, more than data.max_bad_share = 0.05; one of them"
+        with pytest.raises(UserError, match=message):
+            loader.measure()
 
 
 def test_a_dataset_with_nothing_usable_says_so(tmp_path: Path) -> None:

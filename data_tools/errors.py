@@ -38,6 +38,11 @@ def suggest(word: str, valid: Iterable[str]) -> str:
     return f" Did you mean '{nearest[0]}'?" if nearest else ""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of somebody else's library says, in one line; its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def run_command(function: Callable[..., int | None], *arguments: Any, **options: Any) -> int:
     """Run a command's function and return the process's exit code (the function's own result, None counting as 0).
 

@@ -23,10 +23,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from data_tools.errors import UserError
+from data_tools.errors import UserError, first_line
 from data_tools.files import hash_file, sync_folder, write_json_atomic
 from pretrain.checkpoint import elastic
-from pretrain.checkpoint.mirror import Mirror, fetch_newest
+from pretrain.checkpoint.mirror import STATE, Mirror, fetch_newest
 from pretrain.config import ConfigModel, Count
 from pretrain.world import World
 
@@ -34,7 +34,6 @@ log = logging.getLogger(__name__)
 
 WEIGHTS = "weights.safetensors"
 EXTRA = "extra.safetensors"
-STATE = "state.json"
 DEEPSPEED_TAG = "deepspeed"
 BYTES_PER_PARAMETER = 20  # fp32 weights, two moments and the master copy, and the 16- or 32-bit weights of the module
 
@@ -395,7 +394,7 @@ def all_or_none(where: Path, world: World) -> Iterator[None]:
     except UserError as error:
         problem = str(error)
     except (OSError, RuntimeError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = getattr(error, "strerror", None) or first_line(error)
         problem = f"{where}: cannot write the checkpoint: {reason}. Free space and run the same command again"
     problem = next(filter(None, world.gather_objects(problem)), "")
     if problem:
@@ -430,8 +429,9 @@ def restore(engine: Any, folder: Path, state: dict[str, Any], now: dict[str, Any
             loaded = folder
         extra = load_file(folder / EXTRA) if (folder / EXTRA).exists() else {}
     except (OSError, RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
-        raise UserError(f"{folder}: damaged: {reason[0]}. Remove it, and the checkpoint before it is used") from error
+        raise UserError(
+            f"{folder}: damaged: {first_line(error)}. Remove it, and the checkpoint before it is used"
+        ) from error
     if loaded is None:
         raise UserError(f"{folder}: DeepSpeed cannot load it. Remove it, and the checkpoint before it is used")
     return extra

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from data_tools.errors import UserError
+from data_tools.errors import UserError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class Mirror:
                 copy_out(folder, self.target)
                 prune(self.target, self.keep)
             except Exception as error:  # stores raise whatever their libraries do
-                log.warning("%s: no copy of %s: %s. The run goes on", self.target, folder.name, explain(error))
+                log.warning("%s: no copy of %s: %s. The run goes on", self.target, folder.name, first_line(error))
 
 
 def open_store(target: str) -> tuple[Any, str]:
@@ -60,10 +60,6 @@ def open_store(target: str) -> tuple[Any, str]:
         return fsspec.core.url_to_fs(target)
     except (ImportError, ValueError) as error:
         raise UserError(f"checkpoint.target: {target}: {error}") from None
-
-
-def explain(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def copy_out(folder: Path, target: str) -> None:
@@ -119,7 +115,7 @@ def fetch_newest(target: str, parent: Path) -> Path | None:
         raise
     except Exception as error:  # stores raise whatever their libraries do
         raise UserError(
-            f"checkpoint.target: {target}: cannot be read: {explain(error)}. Mend it, or set checkpoint.target=null to begin anew"
+            f"checkpoint.target: {target}: cannot be read: {first_line(error)}. Mend it, or set checkpoint.target=null to begin anew"
         ) from None
     os.replace(temporary, final)
     return final

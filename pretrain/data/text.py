@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data_tools.errors import first_line
 from pretrain.config import ConfigError, ConfigModel
 from pretrain.torchvision_ops import prepare_torchvision
 
@@ -109,7 +110,7 @@ def build_tokenizer(config: ConfigModel, context_length: int) -> Tokenizer:
     try:
         inner = AutoTokenizer.from_pretrained(config.name)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise ConfigError(
             f"model.tokenizer.name: cannot load '{config.name}': {reason} Give a folder with tokenizer files, or a hub "
             "name that this machine can reach."

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from data_tools.errors import UserError
+from data_tools.errors import UserError, first_line
 from pretrain.config import ConfigError, ConfigModel
 from pretrain.model.blocks import begins_with
 from pretrain.model.names import IMAGE_NAMES, TEXT_NAMES, clip_from_huggingface, from_blip
@@ -312,7 +312,7 @@ def reach(get: Any, name: Any) -> Any:
     try:
         return get(name)
     except (OSError, ValueError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise ConfigError(
             f"model.warm_start: cannot load '{name}': {reason} Give a folder, or a name that this machine can reach"
         ) from None
@@ -332,7 +332,7 @@ def read_file(path: Path) -> dict[str, Any]:
             return load_file(path)
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(
             f"{path}: cannot read the weights: {reason}. Give a .safetensors file or a plain state dict"
         ) from None

@@ -22,7 +22,6 @@ import os
 import queue
 import re
 import socket
-import stat
 import threading
 import time
 import zlib
@@ -32,7 +31,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from data_tools.errors import UserError
-from data_tools.files import read_open_file
+from data_tools.files import read_regular_file
 from data_tools.image import PictureError
 from data_tools.robots import Rule, find_opt_out, is_allowed, parse_robots
 
@@ -209,17 +208,7 @@ def read_picture(root: str | Path, name: str) -> bytes:
         raise FetchError("image name leads out of the image root", name)
     path = f"{root}/{name}"
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe of that name must not hang us
-        try:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise FetchError("not a file", name)
-            if status.st_size > MAX_FILE_BYTES:
-                text = f"{name} has {status.st_size} bytes, at most {MAX_FILE_BYTES} are read"
-                raise FetchError("file too large", text)
-            return read_open_file(descriptor, status.st_size)
-        finally:
-            os.close(descriptor)
+        return read_regular_file(path, MAX_FILE_BYTES, FetchError, name)
     except (FileNotFoundError, NotADirectoryError):
         raise FetchError("missing picture", name) from None
     except OSError as error:

@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -218,6 +219,21 @@ def read_open_file(descriptor: int, size: int) -> bytes:
     while parts[-1]:
         parts.append(os.read(descriptor, 2**20))
     return b"".join(parts)
+
+
+def read_regular_file(path: str, limit: int, refuse: Callable[[str, str], Exception], name: str) -> bytes:
+    """The bytes of a regular file. Raises `refuse(reason, detail)`, which calls it `name`, for anything else and for one of
+    more than `limit` bytes; OSError as it is."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe of that name must not hang us
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise refuse("not a file", name)
+        if status.st_size > limit:
+            raise refuse("file too large", f"{name} has {status.st_size} bytes, at most {limit} are read")
+        return read_open_file(descriptor, status.st_size)
+    finally:
+        os.close(descriptor)
 
 
 class RangeReader:

@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from data_tools.errors import UserError
-from data_tools.files import read_open_file
+from data_tools.files import read_regular_file
 from data_tools.image import PictureError
 from data_tools.inputs import (
     CAPTION_COLUMNS,
@@ -210,7 +210,7 @@ class FolderSource(_RecordSource):
         size, refusal = self._look_up(name)
         for extension in dict.fromkeys(("txt", "json", self._options.caption_column or "txt")):
             try:
-                texts[extension] = _read_regular(os.path.join(self._input, f"{stem}.{extension}"), MAX_TEXT_FILE_BYTES)
+                texts[extension] = _read_file(self._input, f"{stem}.{extension}", MAX_TEXT_FILE_BYTES)
             except FileNotFoundError:
                 pass
             except (PictureError, PermissionError) as error:
@@ -235,25 +235,16 @@ class FolderSource(_RecordSource):
 
     def _read(self, place: str) -> bytes:
         try:
-            return _read_regular(os.path.join(self._input, place), MAX_PICTURE_BYTES)
+            return _read_file(self._input, place, MAX_PICTURE_BYTES)
         except FileNotFoundError:
             raise PictureError("missing picture", place) from None
         except PermissionError as error:
             raise PictureError("unreadable picture", f"{place}: {error.strerror}") from None
 
 
-def _read_regular(path: str, limit: int) -> bytes:
-    """The bytes of a regular file. Raises PictureError for anything else and for one that is too large."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe of that name must not hang us
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise PictureError("not a file", path)
-        if status.st_size > limit:
-            raise PictureError("file too large", f"{path} has {status.st_size} bytes, at most {limit} are read")
-        return read_open_file(descriptor, status.st_size)
-    finally:
-        os.close(descriptor)
+def _read_file(folder: str, name: str, limit: int) -> bytes:
+    path = os.path.join(folder, name)
+    return read_regular_file(path, limit, PictureError, path)
 
 
 def _read_captions(where: str, texts: Mapping[str, bytes], asked: str | None) -> tuple[Any, dict[str, Any]]:

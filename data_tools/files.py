@@ -17,7 +17,7 @@ import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 from data_tools.errors import UserError
 
@@ -38,12 +38,27 @@ def open_atomic(path: str | Path) -> Iterator[BinaryIO]:
         yield file
 
 
-class _Draft(NamedTuple):
+class _Draft:
     """A file with a temporary name, and the path where it is to appear."""
 
-    path: Path
-    temporary: Path
-    file: BinaryIO
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
+        self.file: BinaryIO | None = None
+
+    def open(self) -> None:
+        try:
+            self.file = open(self.temporary, "xb")
+        except OSError as error:
+            error.filename = str(self.path)
+            raise
+
+    def discard(self) -> None:
+        if self.file is not None:
+            with contextlib.suppress(OSError):
+                self.file.close()
+        with contextlib.suppress(OSError):
+            self.temporary.unlink()
 
     @contextlib.contextmanager
     def blame(self) -> Iterator[None]:
@@ -68,13 +83,9 @@ def _publish_together() -> Iterator[Callable[[Path], contextlib.AbstractContextM
 
     @contextlib.contextmanager
     def begin(path: Path) -> Iterator[BinaryIO]:
-        temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
-        try:
-            draft = _Draft(path, temporary, open(temporary, "xb"))
-        except OSError as error:
-            error.filename = str(path)
-            raise
-        drafts.append(draft)
+        draft = _Draft(path)
+        drafts.append(draft)  # before the file is there: Ctrl-C may come right after
+        draft.open()
         with draft.blame():
             yield draft.file
             draft.file.flush()
@@ -94,10 +105,7 @@ def _publish_together() -> Iterator[Callable[[Path], contextlib.AbstractContextM
             sync_folder(folder)
     except BaseException:
         for draft in drafts:
-            with contextlib.suppress(OSError):
-                draft.file.close()
-            with contextlib.suppress(OSError):
-                draft.temporary.unlink()
+            draft.discard()
         raise
 
 

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from data_tools import files
 from data_tools.errors import UserError, run_command, suggest
 from data_tools.files import (
     Folder,
@@ -130,6 +131,17 @@ def test_of_files_that_are_written_together_none_appears_when_one_fails(tmp_path
         together.write("a", b"a")
         raise UserError("no more")
     assert folder.names() == []
+
+
+def test_ctrl_c_right_after_a_file_was_made_leaves_nothing(tmp_path, monkeypatch):
+    def make_and_interrupt(*arguments):
+        open(*arguments).close()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files, "open", make_and_interrupt, raising=False)
+    with pytest.raises(KeyboardInterrupt), open_atomic(tmp_path / "a"):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("said", [0, 1, 4, 5, 6, 100])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from data_tools.errors import UserError
 from pretrain.config import ConfigModel
-from pretrain.engine import master_parts
+from pretrain.engine import join_parts, master_parts
 from pretrain.world import World
 
 NAME = "ema."  # beginning of the names in a checkpoint
@@ -46,18 +46,11 @@ class Ema:
     def state(self) -> dict[str, Tensor]:
         """Every trained parameter's average, whole and in fp32, by name, on the CPU. Collective."""
         whole = {}
-        divided = self.world.size > 1 and self.engine.zero_optimization_stage() > 0
         for name, parameter in self.engine.module.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            shape = getattr(parameter, "ds_shape", parameter.shape)
-            values = torch.zeros(shape.numel(), device=self.world.device)
-            if name in self.averages:
-                start, average = self.averages[name]
-                values[start : start + len(average)] = average
-            if divided:
-                values = self.world.all_reduce(values)
-            whole[NAME + name] = values.view(shape).cpu()
+            if parameter.requires_grad:
+                shape = getattr(parameter, "ds_shape", parameter.shape)
+                part = self.averages.get(name)
+                whole[NAME + name] = join_parts(self.engine, part, shape, torch.float32, self.world)
         return whole
 
 

@@ -151,18 +151,25 @@ def build_engine(model: nn.Module, config: EngineConfig, global_batch: int, worl
         model=model.to(world.device), optimizer=optimizer, config=deepspeed_config(config, global_batch, world)
     )
     if config.zero_stage == 0 and config.precision != "fp32":
-        undo_first_step(engine.optimizer)
+        undo_first_step(engine)
     return engine
 
 
-def undo_first_step(optimizer: Any) -> None:
+def unsharded_masters(engine: Any) -> dict[nn.Parameter, Tensor]:
+    """Without ZeRO, in 16 bits: each trained parameter's fp32 copy, in the optimiser's order. Elsewhere {}."""
+    optimizer = engine.optimizer
+    if engine.zero_optimization_stage() or not hasattr(optimizer, "fp32_groups"):
+        return {}
+    return dict(zip(itertools.chain(*optimizer.fp16_groups), itertools.chain(*optimizer.fp32_groups), strict=True))
+
+
+def undo_first_step(engine: Any) -> None:
     """Take back the step without gradients by which DeepSpeed, in 16 bits without ZeRO, allocates AdamW's moments.
 
     It decays the weights once, and counts: the first true step would then be 0.74 of what it should be.
     """
-    optimizer.optimizer.state.clear()
-    weights = itertools.chain(*optimizer.fp16_groups)
-    for weight, exact in zip(weights, itertools.chain(*optimizer.fp32_groups), strict=True):
+    engine.optimizer.optimizer.state.clear()
+    for weight, exact in unsharded_masters(engine).items():
         exact.data.copy_(weight.data)
 
 
@@ -221,16 +228,16 @@ def apply_gradients(engine: Any) -> bool:
     2, but not at ZeRO 3 nor without ZeRO.
     """
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
+    overflow = False
     if stage == 3 and not engine.fp16_enabled():
         optimizer.check_overflow()
-        if optimizer.overflow:
-            optimizer._overflow_clean_up(optimizer.loss_scale)
-            return False
-    if stage == 0 and not engine.fp16_enabled():
+        overflow = optimizer.overflow
+    elif stage == 0 and not engine.fp16_enabled():
         gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
-        if not torch.stack([gradient.isfinite().all() for gradient in gradients]).all():
-            engine.zero_grad()
-            return False
+        overflow = not torch.stack([gradient.isfinite().all() for gradient in gradients]).all()
+    if overflow:
+        drop_gradients(engine)
+        return False
     engine.step()
     return engine.was_step_applied()
 
@@ -242,12 +249,9 @@ def master_parts(engine: Any) -> dict[str, tuple[int, Tensor]]:
     With ZeRO the parts of all ranks make up the parameter, and a rank may have none of it; without, each rank has all. The
     parts are the optimiser's own tensors, not copies.
     """
-    stage, parts, masters = engine.zero_optimization_stage(), {}, {}
+    stage, parts, masters = engine.zero_optimization_stage(), {}, unsharded_masters(engine)
     if stage == 3:
         from deepspeed.utils import safe_get_local_fp32_param
-    elif stage == 0 and hasattr(engine.optimizer, "fp32_groups"):  # in 16 bits
-        for parameters, copies in zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True):
-            masters |= dict(zip(parameters, copies, strict=True))
     for name, parameter in engine.module.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -262,6 +266,22 @@ def master_parts(engine: Any) -> dict[str, tuple[int, Tensor]]:
         else:
             parts[name] = 0, masters.get(parameter, parameter).detach().flatten()
     return parts
+
+
+def join_parts(
+    engine: Any, part: tuple[int, Tensor] | None, shape: torch.Size, dtype: torch.dtype, world: World
+) -> Tensor:
+    """A tensor of which the ranks hold parts divided as `master_parts` divides a parameter of this shape: whole, on the CPU.
+
+    `part` is this rank's, None if it holds none. Collective.
+    """
+    whole = torch.zeros(shape.numel(), dtype=dtype, device=world.device)
+    if part is not None:
+        start, values = part
+        whole[start : start + len(values)] = values
+    if world.size > 1 and engine.zero_optimization_stage() > 0:
+        whole = world.all_reduce(whole)
+    return whole.view(shape).cpu()
 
 
 def set_learning_rate(engine: Any, rate: float) -> None:

@@ -41,13 +41,13 @@ class Events:
 
 def read_events(run: str | Path) -> list[dict[str, Any]]:
     """All events of a run in the order in which they were written, without lines that a crash cut short."""
-    found = []
-    for path in sorted(Path(run).glob("events*.jsonl")):
+    found, paths = [], sorted(Path(run).glob("events*.jsonl"))
+    for path in paths:
         for line in path.read_bytes().splitlines():
             with contextlib.suppress(ValueError):
                 found.append(json.loads(line))
     # A clock that was set back must not turn the story round: only files of other ranks are sorted in, by time.
-    return found if len(list(Path(run).glob("events*.jsonl"))) < 2 else sorted(found, key=lambda event: event["time"])
+    return found if len(paths) < 2 else sorted(found, key=lambda event: event["time"])
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from pretrain.checkpoint import gather_weights
 from pretrain.config import ConfigError
 from pretrain.contract import Batch, Candidates, Identity, MomentumOutput
 from pretrain.data.text import Tokenizer
-from pretrain.engine import master_parts
+from pretrain.engine import join_parts, master_parts
 from pretrain.losses import MomentumConfig
 from pretrain.model.blocks import compile_blocks
 from pretrain.model.model import ModelConfig, normalise
@@ -115,13 +115,8 @@ class Momentum:
         """Averages, whole and in fp32, and queue, by name, on the CPU: what a checkpoint keeps."""
         state = {WEIGHTS + name: value.cpu() for name, value in self.towers.state_dict().items()}
         for name, weight in self.trained.items():
-            whole = torch.zeros(weight.numel(), dtype=self.exact, device=weight.device)
-            if name in self.averages:
-                start, average = self.averages[name]
-                whole[start : start + len(average)] = average
-            if self.divided:
-                whole = self.world.all_reduce(whole)
-            state[WEIGHTS + name] = whole.view_as(weight).cpu()
+            part = self.averages.get(name)
+            state[WEIGHTS + name] = join_parts(self.engine, part, weight.shape, self.exact, self.world)
         embeddings = {"image_embed": self.queue.image_embed, "text_embed": self.queue.text_embed}
         state |= {QUEUE + name: value.cpu() for name, value in (embeddings | self.queue.identity._asdict()).items()}
         return {name: value.clone(memory_format=torch.contiguous_format) for name, value in state.items()}

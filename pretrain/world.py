@@ -70,11 +70,7 @@ class World:
 
     def any(self, flag: bool) -> bool:
         """True on every rank if `flag` is true on some rank."""
-        if self.size == 1:
-            return flag
-        value = torch.tensor([int(flag)])
-        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.host_group)
-        return bool(value.item())
+        return self.add([flag])[0] > 0
 
     def add(self, values: list[float]) -> list[float]:
         """The sums over ranks of a few numbers of the host's."""

@@ -28,6 +28,7 @@ from data_tools.files import hash_file, sync_folder, write_json_atomic
 from pretrain.checkpoint import elastic
 from pretrain.checkpoint.mirror import STATE, Mirror, fetch_newest
 from pretrain.config import ConfigModel, Count
+from pretrain.engine import unsharded_masters
 from pretrain.world import World
 
 log = logging.getLogger(__name__)
@@ -174,7 +175,7 @@ def gather_weights(engine: Any) -> dict[str, Tensor]:
     from deepspeed.runtime.zero import GatheredParameters
     from deepspeed.utils import safe_get_full_fp32_param
 
-    exact = elastic.unsharded_masters(engine)
+    exact = unsharded_masters(engine)
     weights = {}
     for name, parameter in engine.module.named_parameters():
         sharded = hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")

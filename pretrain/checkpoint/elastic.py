@@ -19,6 +19,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from data_tools.errors import UserError
+from pretrain.engine import master_parts, unsharded_masters
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -54,18 +55,21 @@ def restore(engine: Any, folder: Path, weights: Path, state: dict[str, Any]) -> 
     moments = read_moments(folder, state)
     prepare_states(engine, moments.updates)
     with safe_open(str(weights), "pt") as file, torch.no_grad():
-        names = {parameter: name for name, parameter in engine.module.named_parameters()}
-        for parameter, name in names.items():
+        exact, masters = master_parts(engine), unsharded_masters(engine)
+        for name, parameter in engine.module.named_parameters():
             value = file.get_tensor(name)
             set_weight(engine, parameter, value)
             if not parameter.requires_grad:
                 continue
-            for moment in (None, *MOMENTS):
-                whole = value.flatten() if moment is None else moments.get(name, moment, value.numel())
-                for held, start in held_parts(engine, parameter, moment):
+            if name in exact:
+                start, held = exact[name]
+                held.copy_(value.flatten()[start : start + len(held)])
+            for moment in MOMENTS:
+                whole = moments.get(name, moment, value.numel())
+                for held, start in held_moments(engine, masters, parameter, moment):
                     held.copy_(whole.narrow(0, start, held.numel()))
         for name, buffer in engine.module.named_buffers():
-            if name in file.keys():  # noqa: SIM118: a safetensors file is no mapping
+            if name in file.keys():  # which is no mapping
                 buffer.copy_(file.get_tensor(name))
     scale = state.get("loss_scale")
     if scale is not None and engine.fp16_enabled():
@@ -85,14 +89,6 @@ def optimized_names(engine: Any) -> list[str]:
     names = {parameter: name for name, parameter in engine.module.named_parameters()}
     groups = getattr(engine.optimizer, "fp16_groups", None) or [g["params"] for g in engine.optimizer.param_groups]
     return [names[parameter] for parameter in itertools.chain(*groups)]
-
-
-def unsharded_masters(engine: Any) -> dict[nn.Parameter, Tensor]:
-    """Without ZeRO, in 16 bits: each parameter's fp32 copy. Elsewhere {}."""
-    if engine.zero_optimization_stage() or not hasattr(engine.optimizer, "fp32_groups"):
-        return {}
-    optimizer = engine.optimizer
-    return dict(zip(itertools.chain(*optimizer.fp16_groups), itertools.chain(*optimizer.fp32_groups), strict=True))
 
 
 def load_shard(path: Path) -> dict[str, Any]:
@@ -158,23 +154,25 @@ def set_weight(engine: Any, parameter: nn.Parameter, value: Tensor) -> None:
         parameter.data.copy_(value.reshape(parameter.shape))
 
 
-def held_parts(engine: Any, parameter: nn.Parameter, moment: str | None) -> Iterator[tuple[Tensor, int]]:
-    """What this rank's optimiser holds of a parameter (moment None: its fp32 weight): a flat view, and where it starts."""
+def held_moments(
+    engine: Any, masters: dict[nn.Parameter, Tensor], parameter: nn.Parameter, moment: str
+) -> Iterator[tuple[Tensor, int]]:
+    """What this rank's optimiser holds of a parameter's moment: a flat view, and where in the whole it starts.
+
+    `masters` is what `unsharded_masters` gives.
+    """
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
-    inner = getattr(optimizer, "optimizer", optimizer)
+    state = getattr(optimizer, "optimizer", optimizer).state
     if stage == 0:
-        values = unsharded_masters(engine).get(parameter, parameter)
-        yield (values if moment is None else inner.state[values][moment]).view(-1), 0
+        yield state[masters.get(parameter, parameter)][moment].view(-1), 0
     elif stage == 3:
         group, start, numel = optimizer.grad_position[optimizer.get_param_id(parameter)]
-        values = optimizer.fp32_partitioned_groups_flat[group]
-        values = values if moment is None else inner.state[values][moment]
+        values = state[optimizer.fp32_partitioned_groups_flat[group]][moment]
         share = -(-parameter.ds_numel // engine.dp_world_size)
         first = min(parameter.ds_numel, engine.global_rank * share)
         yield values.narrow(0, start, max(0, min(numel, parameter.ds_numel - first))), first
     elif parameter._hp_mapping is not None:
-        group, mapping = parameter._hp_mapping.param_group_index, parameter._hp_mapping
-        values = optimizer.single_partition_of_fp32_groups[group]
-        values = values if moment is None else inner.state[values][moment]
+        mapping = parameter._hp_mapping
+        values = state[optimizer.single_partition_of_fp32_groups[mapping.param_group_index]][moment]
         place = mapping.get_hp_fragment_address()
         yield values.narrow(0, place.start, place.numel), mapping.lp_fragment_address.start

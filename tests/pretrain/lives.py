@@ -62,36 +62,12 @@ class LifeOfRun:
         return "".join(path.read_text() for path in sorted(self.run.parent.glob(f"{self.run.name}.stderr-*")))
 
 
-def run_in_ranks(function: Callable[..., None], ranks: int, *arguments: Any) -> None:
-    """`function(*arguments, rank, ranks)` in forked ranks that can connect to each other. Fails if one of them does."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    calls = [(function, rank, ranks, port, arguments) for rank in range(ranks)]
-    processes = [_context.Process(target=call_as_rank, args=call) for call in calls]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(PATIENCE_S)
-        process.kill()
-    assert [process.exitcode for process in processes] == [0] * ranks
-
-
-def call_as_rank(function: Callable[..., None], rank: int, ranks: int, port: int, arguments: tuple[Any, ...]) -> None:
-    be_one_of(rank, ranks, port)
-    function(*arguments, rank, ranks)
-    torch.distributed.destroy_process_group()
-
-
-def be_one_of(rank: int, ranks: int, port: int) -> None:
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), **SETTINGS)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-
-
 def be_rank(rank: int, ranks: int, port: int, run: Path, arguments: list[str], hook: Callable | None) -> None:
     os.dup2(os.open(f"{run}.stderr-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), 2)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
-    be_one_of(rank, ranks, port)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), **SETTINGS)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
     from pretrain.__main__ import main
 
     record_keys(run, rank)

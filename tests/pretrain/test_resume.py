@@ -20,10 +20,10 @@ from lives import (
     events_of,
     keys_of,
     losses_of,
-    run_in_ranks,
     weights_of,
 )
 from paths import TINY
+from ranks import run_on_ranks
 from safetensors.torch import load_file
 
 from data_tools.errors import UserError
@@ -217,15 +217,13 @@ class StopAfter:
         Life.asks = asks
 
 
-def resave(shards: Path, out: Path, source: Path | None, stage: int, precision: str, rank: int, ranks: int) -> None:
+def resave(world: World, shards: Path, out: Path, source: Path | None, stage: int, precision: str) -> None:
     """In each rank: an engine of this layout, restored from `source` or after two updates of its own, saved to `out`."""
     from pretrain.config import load_config
     from pretrain.engine import build_engine
     from pretrain.model.model import build_model
     from pretrain.train import RunConfig, build_tokenizer, run_identity
-    from pretrain.world import connect
 
-    world = connect()
     overrides = [f"engine.zero_stage={stage}", f"engine.precision={precision}", "train.batch_size=12"]
     config = load_config(TINY, [f"run={out}", f"data.path={shards / 'train'}", *overrides], RunConfig)
     tokenizer = build_tokenizer(config.model.tokenizer, config.model.text.context_length)
@@ -263,7 +261,7 @@ def test_moments_survive_any_change_of_layout(precision: str, layouts: list, sha
     source, wanted = None, None
     for number, (ranks, stage) in enumerate(layouts):
         out = tmp_path / f"run-{number}"
-        run_in_ranks(resave, ranks, shards, out, source, stage, precision)
+        run_on_ranks(resave, ranks, shards, out, source, stage, precision)
         found = moments_of(out)
         wanted = wanted or found
         assert found[2] == wanted[2] == 2
@@ -281,8 +279,8 @@ def test_moments_are_those_of_the_universal_format(ranks: int, stage: int, shard
 
     from deepspeed.checkpoint import ds_to_universal
 
-    run_in_ranks(resave, 2, shards, tmp_path / "before", None, 2, "fp32")
-    run_in_ranks(resave, ranks, shards, tmp_path / "run", tmp_path / "before", stage, "fp32")
+    run_on_ranks(resave, 2, shards, tmp_path / "before", None, 2, "fp32")
+    run_on_ranks(resave, ranks, shards, tmp_path / "run", tmp_path / "before", stage, "fp32")
     _, moments, _ = moments_of(tmp_path / "run")
     shards_of_run = tmp_path / "run" / "checkpoints" / "step_00000002" / "deepspeed"
     options = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False, "strict": True}

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from lives import LifeOfRun, arguments, events_of, keys_of, losses_of, run_in_ranks, weights_of
+from lives import LifeOfRun, arguments, events_of, keys_of, losses_of, weights_of
+from ranks import run_on_ranks
 
 from pretrain.checkpoint import gather_weights
 from pretrain.spikes import GiveUp, LeftOut, Spikes, SpikesConfig, robust_limit
+from pretrain.world import World
 
 WATCHED = ["spikes.warmup_steps=3", "spikes.threshold=100.0"]
 
@@ -129,12 +131,9 @@ def test_what_is_left_out_is_read_back(tmp_path: Path) -> None:
         LeftOut(tmp_path)
 
 
-def drop_then_step(rank: int, ranks: int) -> None:
+def drop_then_step(world: World) -> None:
     """In each rank: a dropped step changes nothing, and the norm is the one by which DeepSpeed clips."""
     from pretrain.engine import EngineConfig, apply_gradients, build_engine, drop_gradients, gradient_norm
-    from pretrain.world import connect
-
-    world = connect()
 
     def build(config):
         torch.manual_seed(0)
@@ -142,7 +141,7 @@ def drop_then_step(rank: int, ranks: int) -> None:
         return build_engine(model, config, 8, world)
 
     def backward(engine, seed):
-        rows = torch.randn(4, 8, generator=torch.Generator().manual_seed(seed + rank))
+        rows = torch.randn(4, 8, generator=torch.Generator().manual_seed(seed + world.rank))
         engine.backward(engine(rows.to(engine.module[0].weight.dtype)).square().sum())
 
     for stage, precision in itertools.product(range(4), ("fp32", "bf16")):
@@ -162,4 +161,4 @@ def drop_then_step(rank: int, ranks: int) -> None:
 
 
 def test_a_dropped_step_changes_nothing() -> None:
-    run_in_ranks(drop_then_step, 2)
+    run_on_ranks(drop_then_step, 2)

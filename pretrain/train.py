@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,8 +24,9 @@ from pretrain import __version__, checkpoint
 from pretrain.accumulate import BadSteps, compute_gradients
 from pretrain.checkpoint import CheckpointConfig, Saver
 from pretrain.config import ConfigError, ConfigModel, load_config, render_config
+from pretrain.contract import Batch, TeacherOutput
 from pretrain.data.loader import DataConfig, Loader, open_loader
-from pretrain.data.text import build_tokenizer
+from pretrain.data.text import Tokenizer, build_tokenizer
 from pretrain.ema import Ema, EmaConfig
 from pretrain.engine import (
     EngineConfig,
@@ -143,13 +145,7 @@ def train_steps(config: RunConfig, life: Life, world: World) -> int:
     model = build_model(config.model, tokenizer, config.seed, world).train()
     micro_batch_size = fit_micro_batch(config.train, newest, world)
     check_micro_batches(model, micro_batch_size, batch_size // world.size)
-    teacher = None
-    if config.losses.distill:
-        # Here, because it reads exports, and what writes those reads runs, and so this module.
-        from pretrain.teacher import build_teacher
-
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.engine.precision]
-        teacher = build_teacher(config.losses.distill, tokenizer, config.model.embed_dim, world.device, dtype)
+    teacher = load_teacher(config, tokenizer, world)
     if not newest:
         warm_start(model, config.model.warm_start, world)
     peak = peak_tflops(world.device)
@@ -238,6 +234,17 @@ def train_steps(config: RunConfig, life: Life, world: World) -> int:
         batches.close()
     metrics.close()
     return life.end(step, steps)
+
+
+def load_teacher(config: RunConfig, tokenizer: Tokenizer, world: World) -> Callable[[Batch], TeacherOutput] | None:
+    """That of `losses.distill`, in the precision of the run; None without."""
+    if not config.losses.distill:
+        return None
+    # Here, because it reads exports, and what writes those reads runs, and so this module.
+    from pretrain.teacher import build_teacher
+
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.engine.precision]
+    return build_teacher(config.losses.distill, tokenizer, config.model.embed_dim, world.device, dtype)
 
 
 def fit_micro_batch(config: TrainConfig, found: checkpoint.Found | None, world: World) -> int | None:

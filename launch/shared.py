@@ -27,6 +27,7 @@ from launch.events import FOLDER
 
 LOOK_S = 0.5
 SIGN_S = 1.0
+RETRY_S, RETRIES = 1.0, 60  # of what the folder did not let us do
 NOTICES = ("time_limit", "preemption", "cancel", "stop_file")
 
 
@@ -83,14 +84,27 @@ class Shared:
                 if task is None:
                     return
                 future, function, arguments = task
-                try:
-                    future.set_result(function(*arguments))
-                except Exception as error:
-                    future.set_exception(error)
+                self.call(future, function, arguments)
                 continue
             due_s = time.monotonic() + LOOK_S
             with contextlib.suppress(OSError):  # a folder that cannot be reached now is looked at again
                 self.look_around()
+
+    def call(self, future: Future, function: Callable, arguments: tuple) -> None:
+        """Call it, again and again while the folder is in trouble."""
+        for attempt in range(RETRIES + 1):
+            try:
+                future.set_result(function(*arguments))
+                return
+            except OSError as error:
+                if attempt == RETRIES:
+                    future.set_exception(error)
+                    return
+                print(f"{error.filename or self.launch}: {error.strerror}; trying again", flush=True)
+                time.sleep(RETRY_S)
+            except Exception as error:
+                future.set_exception(error)
+                return
 
     def look_around(self) -> None:
         now_s = time.monotonic()

@@ -576,12 +576,12 @@ class Leader:
             launch, run = self.shared.launch, self.run
 
             def find_evidence() -> tuple[Evidence, bool, list[Verdict]]:
-                hangs = [
-                    event
-                    for path in sorted(run.glob("events*.jsonl"))
-                    for event in read_lines(path)
-                    if event.get("event") == "hang" and event.get("time", 0) >= started_at
-                ]
+                said = [event for path in sorted(run.glob("events*.jsonl")) for event in read_lines(path)]
+                said = [event for event in said if event.get("time", 0) >= started_at]
+                hangs = [event for event in said if event.get("event") == "hang"]
+                # The sign of life is up to a second old; what the trainer says at its end is exact.
+                ends_said = [event["step"] for event in said if event.get("event") in ("stop", "done", "hang")]
+                reached = ends_said[0] if ends_said else step
                 if frozen:
                     hangs.append({"event": "hang", "rank": frozen[0], "host": frozen[1], "reason": frozen[2]})
                 ranks = tuple(
@@ -592,7 +592,7 @@ class Leader:
                     asked if asked in ("time_limit", "preemption", "cancel") else "stop_file" if stop_file else None
                 )
                 evidence = Evidence(
-                    life, started_at, time.time(), step, ranks, lost, hangs[-1] if hangs else None, notice,
+                    life, started_at, time.time(), reached, ranks, lost, hangs[-1] if hangs else None, notice,
                     saved_step=newest_step(run),
                 )  # fmt: skip
                 return evidence, (run / "done.json").exists(), recall_verdicts(read_launch_events(run))

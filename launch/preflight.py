@@ -35,7 +35,6 @@ WRITE_SHARE = 0.1  # storage that is shared varies much
 SKEW_S = 2.0
 ROUGH_SKEW_S = 30.0
 TOKEN = "preflight-token"  # as pretrain/doctor/node.py reads it
-RETRIES = 2
 
 RunOnNodes = Callable[[list[str], list[str], float], dict[str, tuple[int | None, str]]]
 
@@ -255,20 +254,24 @@ def measure_links(
     clocks: dict[str, float] = {}
     silent = measure_group(run_on_nodes, nodes, command, found.rates, clocks, left_s)
     middle = reference(found.rates)  # of the first time: alone, a pair may do better than all could together
-    for _ in range(RETRIES):
-        slow_nodes, slow_pairs = explain_rates(found.rates, LINK_SHARE * middle)
-        again = choose_again(slow_nodes, slow_pairs, found.rates, nodes)
-        if not again or left_s(AGAIN_S) < 3:
-            break
-        for pair in again:
+    limit = LINK_SHARE * middle
+    if any(explain_rates(found.rates, limit)) and left_s(AGAIN_S) >= 3:
+        measure_group(run_on_nodes, nodes, command, found.rates, clocks, left_s)
+    tried: set[tuple[str, str]] = set()  # alone; what was slow there, too, is slow
+    for pair in choose_again(*explain_rates(found.rates, limit), found.rates, nodes):
+        if left_s(AGAIN_S) >= 3:
             measure_group(run_on_nodes, list(pair), command, found.rates, {}, left_s, AGAIN_S)
+            tried.add(pair)
     for node in silent:
         found.accuse(node, "does not exchange data with the others")
-    slow_nodes, slow_pairs = explain_rates(found.rates, LINK_SHARE * middle)
+    slow_nodes, slow_pairs = explain_rates(found.rates, limit)
     for node in slow_nodes:
+        alone = [found.rates[pair] or 0.0 for pair in tried if node in pair]
+        if not alone or max(alone) >= limit:
+            continue
         rates = [rate or 0.0 for pair, rate in found.rates.items() if node in pair]
         found.accuse(node, f"slow to all others: {statistics.median(rates):,.1f} MB/s, where others have {middle:,.0f}")
-    for pair in slow_pairs:
+    for pair in tried.intersection(slow_pairs):
         rate = found.rates[pair] or 0.0
         reason = f"the link {pair[0]} - {pair[1]} carries {rate:,.1f} MB/s, where others carry {middle:,.0f}"
         found.links[pair] = reason

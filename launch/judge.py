@@ -112,7 +112,7 @@ RULES = (
         r"insufficient shared memory|No space left on device[^\n]*['\"]?/(dev/shm|tmp|var/tmp|scratch_?local)\b|"
         r"/(dev/shm|tmp)/[^\n]*No space left on device",
     ),
-    Rule("storage", "the disk is full", r"No space left on device|\bENOSPC\b|disk is full|quota exceeded|\bEDQUOT\b"),
+    Rule("storage", "the disk is full", r"No space left on device|\bENOSPC\b|disk is full|than the disk has free|quota exceeded|\bEDQUOT\b"),
     Rule(
         "storage",
         "the file system does not answer as it should",
@@ -147,7 +147,7 @@ RULES = (
         r"name resolution|Name or service not known|getaddrinfo|gai error|no address associated",
     ),
     Rule("network", "the network does not carry", r"No route to host|Network is unreachable|Network is down"),
-    Rule("network", "a transfer over the fabric failed", r"NET/(IB|OFI)[^\n]*(completion|error|fail)|ibv_\w+[^\n]*fail|IBV_WC"),
+    Rule("network", "a transfer over the fabric failed", r"NET/(IB|OFI)[^\n]*(completion|error|fail)|ibv_\w+[^\n]*fail|IBV_WC", follows=True),
     Rule(
         "network",
         "another rank did not answer",
@@ -472,8 +472,8 @@ def normalise(text: str) -> str:
     text = re.sub(r"\b\d{1,3}(\.\d{1,3}){3}(:\d+)?\b", "<host>", text)
     text = re.sub(r"'?(?<![\w@])/[^\s:,'\"]+'?", "<path>", text)
     text = re.sub(r"\b[0-9a-f]{8,}\b", "<id>", text)
-    text = re.sub(r"(?<![A-Za-z])[-+]?\d[\d.,]*(e[-+]?\d+)?", "<n>", text)
     text = re.sub(r"\b([A-Za-z][\w-]*?)\d+\b", r"\1<n>", text)
+    text = re.sub(r"(?<![A-Za-z])[-+]?\d[\d.,]*(e[-+]?\d+)?", "<n>", text)
     return " ".join(text.split())[:300]
 
 

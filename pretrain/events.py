@@ -8,6 +8,8 @@ import contextlib
 import fcntl
 import json
 import os
+import secrets
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,18 +52,47 @@ def read_events(run: str | Path) -> list[dict[str, Any]]:
     return found if len(paths) < 2 else sorted(found, key=lambda event: event["time"])
 
 
+class RunTaken(Exception):
+    """Another life of the run has taken the folder over: this one, thought dead, must not write into it any more."""
+
+
+class RunLock:
+    """This life's hold of the run folder: on rank 0's node a lock on run.lock, which goes with the process; on all nodes
+    the words in it, which say whose it is.
+
+    A launcher that has given a life up, though one of its processes may still be there (frozen, or on a node that is cut
+    off), removes the file before it starts the next. The next life writes words of its own into a new one, and what is
+    left of the old life finds them and ends.
+    """
+
+    def __init__(self, path: Path, words: str) -> None:
+        self.path, self.words = path, words
+
+    def check(self) -> None:
+        """Raises RunTaken if another life holds the folder."""
+        try:
+            found = self.path.read_text()
+        except OSError:  # removed, and nobody has taken it yet
+            return
+        if found and found != self.words:  # it is empty for an instant after it is made
+            raise RunTaken(f"{self.path.parent}: taken over by another life of this run ({found}); this one ends")
+
+
 @contextlib.contextmanager
-def lock_run(run: str | Path, world: World) -> Iterator[None]:
+def lock_run(run: str | Path, world: World) -> Iterator[RunLock]:
     """Hold the run folder: rank 0 makes it, and locks its run.lock until the block or the process ends.
 
     Raises UserError on every rank if another run holds it, or if it cannot be written. Collective.
     """
     descriptor, problem = None, None
+    words = f"{socket.gethostname()} process {os.getpid()} {secrets.token_hex(8)}"
     if world.is_main:
         try:
             Path(run).mkdir(parents=True, exist_ok=True)
             descriptor = os.open(Path(run) / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.truncate(descriptor, 0)
+            os.pwrite(descriptor, words.encode(), 0)
         except BlockingIOError:
             problem = (
                 f"{run}: another run works in this folder. Wait for it, stop it (touch {run}/STOP), or set run=..."
@@ -69,10 +100,10 @@ def lock_run(run: str | Path, world: World) -> Iterator[None]:
         except OSError as error:
             problem = f"{run}: cannot be written: {error.strerror}. Check its permissions, or set run=..."
     try:
-        problem = world.share(problem)
+        problem, words = world.share((problem, words))
         if problem:
             raise UserError(problem)
-        yield
+        yield RunLock(Path(run) / LOCK, words)
     finally:
         if descriptor is not None:
             os.close(descriptor)

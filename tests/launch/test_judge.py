@@ -49,7 +49,9 @@ def test_a_failure_is_judged_right(path: Path) -> None:
         assert expected["excerpt"] in last.excerpt and expected["excerpt"] in last.reason
 
 
-def end(rank: int = 0, code: int | None = 1, signal: int | None = None, at: float | None = 1.0, log: str = "", node=None):
+def end(
+    rank: int = 0, code: int | None = 1, signal: int | None = None, at: float | None = 1.0, log: str = "", node=None
+):
     return RankEnd(rank, node or f"node{rank + 1}", 0, code, signal, at, log)
 
 
@@ -93,13 +95,20 @@ def test_many_nodes_lost_at_once_are_the_network() -> None:
 
 def test_the_first_to_end_is_the_cause_and_not_those_that_follow() -> None:
     lost = "RuntimeError: [../gloo/transport/tcp/pair.cc:525] Connection closed by peer [10.0.0.1]:4711\n"
-    ends = [end(0, 1, at=1.0, log=lost), end(1, 1, at=2.0, log=CRASH.format(1, 1)), end(2, 86, at=0.5), end(3, **RUNS_ON)]
+    ends = [
+        end(0, 1, at=1.0, log=lost),
+        end(1, 1, at=2.0, log=CRASH.format(1, 1)),
+        end(2, 86, at=0.5),
+        end(3, **RUNS_ON),
+    ]
     assert judge(life(*ends), []).node == "node2"
     assert judge(life(*ends[:1], *ends[2:]), []).cause == "network"
 
 
 def test_only_the_last_life_in_a_log_counts() -> None:
-    log = CRASH.format(1, 1) + "=== life 1 node1 rank 0 2026-01-05T10:11:12 ===\nOSError: [Errno 5] Input/output error\n"
+    log = (
+        CRASH.format(1, 1) + "=== life 1 node1 rank 0 2026-01-05T10:11:12 ===\nOSError: [Errno 5] Input/output error\n"
+    )
     assert judge(life(end(log=log)), []).cause == "storage"
 
 
@@ -136,7 +145,10 @@ def test_what_differs_from_one_time_to_the_next_is_no_part_of_a_signature() -> N
 
 def test_verdicts_survive_in_the_events_of_a_run() -> None:
     verdict = judge(life(end(log=CRASH.format(1, 1)), saved_step=5), [])
-    events = [{"event": "life_end"}, json.loads(json.dumps({"event": "verdict", "time": 1.0, **verdict_facts(verdict)}))]
+    events = [
+        {"event": "life_end"},
+        json.loads(json.dumps({"event": "verdict", "time": 1.0, **verdict_facts(verdict)})),
+    ]
     assert recall_verdicts(events) == [verdict]
 
 

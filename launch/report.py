@@ -18,12 +18,12 @@ COLOURS = {
 }  # fmt: skip
 MEANINGS = {
     "queue": "waiting for nodes",
-    "start": "from a job's start to its first step",
+    "start": "until a job's first step",
     "productive": "steps that count",
-    "checkpoint": "training stood still for a save",
-    "lost": "steps that had to be done again",
-    "detect": "from a failure to its notice",
-    "restart": "from its notice to the next step",
+    "checkpoint": "standing still for a save",
+    "lost": "steps done again after failures",
+    "detect": "from failure to notice",
+    "restart": "from notice to the next step",
 }
 LIVES_SHOWN = 40
 
@@ -70,9 +70,9 @@ def render_text(folder: str, ledger: Ledger) -> str:
     ]
     for kind in KINDS:
         share = booked[kind] / total_s if total_s else 0.0
-        bar = SIGNS[kind] * round(20 * share)
+        bar = SIGNS[kind] * round(14 * share)
         lines.append(
-            f"  {kind:<11}{span_text(booked[kind]):>10} {share:>6.1%}  {bar:<20} {MEANINGS[kind]}"[:WIDTH].rstrip()
+            f"  {kind:<11}{span_text(booked[kind]):>10} {share:>6.1%}  {bar:<14} {MEANINGS[kind]}"[:WIDTH].rstrip()
         )
     lines += ["", *render_timeline(ledger)]
     causes = ledger.causes()
@@ -189,9 +189,9 @@ def render_page(folder: str, ledger: Ledger) -> str:
 {render_svg(ledger)}
 {excerpt}
 <h2>Where the time went</h2>
-<table><tr><th>kind</th><th class="n">time</th><th class="n">share</th><th>what it is</th></tr>{rows}</table>
+<table style="width:auto"><tr><th>kind</th><th class="n">time</th><th class="n">share</th><th>what it is</th></tr>{rows}</table>
 <h2>Failures by cause</h2>
-<table><tr><th>cause</th><th class="n">failures</th><th class="n">lost, detect, restart</th></tr>{causes}</table>
+<table style="width:auto"><tr><th>cause</th><th class="n">failures</th><th class="n">lost, detect, restart</th></tr>{causes}</table>
 <h2>Lives</h2>
 <table><tr><th class="n">life</th><th>job</th><th class="n">began</th><th>nodes</th><th>steps</th><th>end</th><th>then</th></tr>{lives}</table>
 </body></html>

@@ -20,7 +20,7 @@ from launch.judge import (
     verdict_facts,
 )
 
-FAILURES = Path(__file__).with_name("failures")
+FAILURES, HELD_OUT = (Path(__file__).with_name(name) for name in ("failures", "held_out"))
 
 
 def load_lives(path: Path) -> tuple[dict, list[Evidence]]:

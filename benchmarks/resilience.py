@@ -28,6 +28,7 @@ from pretrain.checkpoint import CheckpointConfig, Saver
 from pretrain.config import check_config
 from pretrain.data.text import build_tokenizer
 from pretrain.engine import EngineConfig, build_engine
+from pretrain.events import LOCK, RunLock
 from pretrain.model.model import ModelConfig, build_model
 from pretrain.watch import Watch, WatchConfig
 from pretrain.world import World, connect, disconnect
@@ -123,13 +124,13 @@ def measure_size(width: int, folder: Path, options: argparse.Namespace, world: W
 
 
 def measure_watch(folder: Path, world: World, calls: int = 20_000, watched_s: float = 10.0) -> str:
-    watch = Watch(folder, WatchConfig(), world)
+    watch = Watch(folder, WatchConfig(), world, RunLock(folder / LOCK, ""))
     started_s = time.perf_counter()
     for step in range(calls):
         watch.enter("data", step)
         watch.enter("step", step)
     enter_s = (time.perf_counter() - started_s) / calls
-    watch = Watch(folder, WatchConfig(), world)
+    watch = Watch(folder, WatchConfig(), world, RunLock(folder / LOCK, ""))
     watch.start()
     time.sleep(watched_s)
     clock = time.pthread_getcpuclockid(watch.thread.ident)  # of this thread alone

@@ -77,10 +77,13 @@ class Verdict:
 class Rule:
     """What a text in a log says about the cause."""
 
-    def __init__(self, cause: str, why: str, pattern: str, proof: bool = False, follows: bool = False) -> None:
-        self.cause, self.why, self.pattern = cause, why, re.compile(pattern, re.IGNORECASE)
+    def __init__(
+        self, cause: str, why: str, pattern: str, proof: bool = False, follows: bool = False, anywhere: bool = False
+    ) -> None:
+        self.cause, self.why, self.pattern = cause, why, re.compile(pattern, re.IGNORECASE | re.MULTILINE)
         self.proof = proof  # of the node's hardware: once is enough to leave it out
         self.follows = follows  # said by a rank that has lost another one: never the first cause while another speaks
+        self.anywhere = cause == "node" or anywhere  # told by the kernel or a GPU, beside the exceptions of Python
 
 
 # The first that fits is taken: hardware speaks through whatever call comes next, a file system through whatever is read
@@ -95,7 +98,7 @@ RULES = (
         "node",
         "the GPU or its driver does not work",
         r"no CUDA-capable device|CUDA driver initialization failed|driver/library version mismatch|nvidia-smi has failed|"
-        r"initialize NVML|devices? is/are busy or unavailable|system not yet initialized|CUDA unknown error|"
+        r"initialize NVML|devices? is/are busy or unavailable|system not yet initialized|CUDA unknown error|No CUDA GPUs are available|"
         r"CUDA error: (unknown error|hardware stack error)|Found no NVIDIA driver",
     ),
     Rule("node", "its network adapter has failed", r"local catastrophic error|NET/IB *: *Got async event[^\n]*port error"),
@@ -112,7 +115,7 @@ RULES = (
         r"insufficient shared memory|No space left on device[^\n]*['\"]?/(dev/shm|tmp|var/tmp|scratch_?local)\b|"
         r"/(dev/shm|tmp)/[^\n]*No space left on device",
     ),
-    Rule("storage", "the disk is full", r"No space left on device|\bENOSPC\b|disk is full|quota exceeded|\bEDQUOT\b"),
+    Rule("storage", "the disk is full", r"No space left on device|\bENOSPC\b|disk is full|than the disk has free|quota exceeded|\bEDQUOT\b"),
     Rule(
         "storage",
         "the file system does not answer as it should",
@@ -127,6 +130,12 @@ RULES = (
         r"gcsfs[\w.]*HttpError|(s3|gs|https?)://[^\n]*(5\d\d|timed? ?out)",
     ),
     Rule(
+        "storage",
+        "a file of weights is not whole",
+        r"PytorchStream(Reader|Writer) failed|failed finding central directory|SafetensorError|Ran out of input|"
+        r"UnpicklingError|pickle data was truncated",
+    ),
+    Rule(
         "data",
         "samples cannot be read",
         r"(samples|shards) in a row|shards or samples in a row|data\.stages kept none|tarfile\.\w*Error|"
@@ -138,6 +147,7 @@ RULES = (
         "data",
         "a label or token is out of its range",
         r"Target \S+ is out of bounds|srcIndex < srcSelectDimSize|t >= 0 && t < n_classes|index out of range in self",
+        anywhere=True,
     ),
     Rule("code", "the GPU's memory does not suffice", r"CUDA out of memory|OutOfMemoryError|CUBLAS_STATUS_ALLOC_FAILED"),
     Rule("network", "its port was taken", r"Address already in use|EADDRINUSE"),
@@ -147,12 +157,12 @@ RULES = (
         r"name resolution|Name or service not known|getaddrinfo|gai error|no address associated",
     ),
     Rule("network", "the network does not carry", r"No route to host|Network is unreachable|Network is down"),
-    Rule("network", "a transfer over the fabric failed", r"NET/(IB|OFI)[^\n]*(completion|error|fail)|ibv_\w+[^\n]*fail|IBV_WC"),
+    Rule("network", "a transfer over the fabric failed", r"NET/(IB|OFI)[^\n]*(completion|error|fail)|ibv_\w+[^\n]*fail|IBV_WC", follows=True),
     Rule(
         "network",
         "another rank did not answer",
         r"watchdog caught collective operation timeout|timed out waiting|timed out after \d+|Socket Timeout|"
-        r"heartbeat monitor timed out|wait timeout|monitored ?barrier[^\n]*failed|"
+        r"heartbeat monitor timed out|watchdog got stuck|wait timeout|monitored ?barrier[^\n]*failed|"
         r"client socket has (timed out|failed to connect)|DistStoreError|DistNetworkError|Connection timed out",
         follows=True,
     ),
@@ -191,9 +201,19 @@ FATAL = re.compile(
     r"^(error: |fatal|terminate called|what\(\): |RuntimeError|.*\bNCCL WARN\b|slurmstepd: error|srun: error)", re.I
 )
 IN_DATA = re.compile(
-    r"/(data|data_tools|datasets?|webdataset|dataloader)[/.]|dataset\.py|loader\.py|_utils/(fetch|worker)\.py"
+    r"(^|/)(data|data_tools|datasets?|webdataset|dataloader)/|(dataset|dataloader|loader)\.py|_utils/(fetch|worker)\.py"
 )
-OF_DATA = ("ValueError", "KeyError", "IndexError", "EOFError", "OSError", "SyntaxError", "struct.error", "TypeError")
+OF_DATA = (
+    "ValueError",
+    "KeyError",
+    "IndexError",
+    "EOFError",
+    "OSError",
+    "SyntaxError",
+    "FileNotFoundError",
+    "struct.error",
+    "TypeError",
+)
 
 
 @dataclass(frozen=True)
@@ -396,10 +416,9 @@ def read_log(log: str) -> Said:
     tracebacks = find_tracebacks(lines)
     words = [line for line in lines if FATAL.match(line.strip())]
     errors = [error for _, _, error, _ in tracebacks]
-    # A failure of hardware is told by the kernel or the driver, wherever that stands; all else by exceptions and errors.
     heard = "\n".join(errors + words)
     everything = "\n".join(lines)
-    rule = next((rule for rule in RULES if rule.cause == "node" and rule.pattern.search(everything)), None)
+    rule = next((rule for rule in RULES if rule.anywhere and rule.pattern.search(everything)), None)
     rule = rule or next((rule for rule in RULES if rule.pattern.search(heard)), None)
     if rule is None and not tracebacks and not words:
         rule = next((rule for rule in RULES if rule.pattern.search(everything)), None)
@@ -472,8 +491,8 @@ def normalise(text: str) -> str:
     text = re.sub(r"\b\d{1,3}(\.\d{1,3}){3}(:\d+)?\b", "<host>", text)
     text = re.sub(r"'?(?<![\w@])/[^\s:,'\"]+'?", "<path>", text)
     text = re.sub(r"\b[0-9a-f]{8,}\b", "<id>", text)
-    text = re.sub(r"(?<![A-Za-z])[-+]?\d[\d.,]*(e[-+]?\d+)?", "<n>", text)
     text = re.sub(r"\b([A-Za-z][\w-]*?)\d+\b", r"\1<n>", text)
+    text = re.sub(r"(?<![A-Za-z])[-+]?\d[\d.,]*(e[-+]?\d+)?", "<n>", text)
     return " ".join(text.split())[:300]
 
 

@@ -19,7 +19,7 @@ from data_tools.files import write_json_atomic
 from pretrain.checkpoint import Found, Saved, Saver, find_newest, set_aside
 from pretrain.contract import Batch
 from pretrain.engine import gradient_norm
-from pretrain.events import Events, book, read_events
+from pretrain.events import Events, RunLock, RunTaken, book, read_events
 from pretrain.signals import EXIT_GIVE_UP, EXIT_SAVED, SAVE, STOP, StopRequest, answered, asked
 from pretrain.spikes import GiveUp, LeftOut, Spikes, SpikesConfig
 from pretrain.watch import Watch, WatchConfig
@@ -36,14 +36,16 @@ MOST_KEYS = 1024  # of one step, named in an event
 class Life:
     """Made by every rank when it holds the run folder; only rank 0 writes, but for the watch."""
 
-    def __init__(self, run: str | Path, watch: WatchConfig, spikes: SpikesConfig | None, world: World) -> None:
-        self.run, self.world = Path(run), world
+    def __init__(
+        self, run: str | Path, watch: WatchConfig, spikes: SpikesConfig | None, world: World, lock: RunLock
+    ) -> None:
+        self.run, self.world, self.lock = Path(run), world, lock
         self.last_seen = self.read_last_seen()
         self.stop = StopRequest()
         self.events = Events(run)
         self.left_out = world.share(LeftOut(run) if world.is_main else None)
         self.spikes = Spikes(spikes) if spikes else None
-        self.watch = Watch(run, watch, world)
+        self.watch = Watch(run, watch, world, lock)
         self.watch.start()
 
     def read_last_seen(self) -> float | None:
@@ -55,6 +57,7 @@ class Life:
 
     def note(self, event: str, step: int, **facts: Any) -> None:
         if self.world.is_main:
+            self.lock.check()
             self.events.log(event, step, **facts)
 
     def start(self, step: int, steps: int, found: Found | None) -> None:
@@ -77,8 +80,13 @@ class Life:
             )
 
     def asks(self) -> tuple[bool, bool]:
-        """Whether somebody asks to stop, and whether to save, agreed by all ranks at the end of a step. Collective."""
+        """Whether somebody asks to stop, and whether to save, agreed by all ranks at the end of a step. Collective.
+
+        Raises RunTaken.
+        """
         files = self.world.is_main
+        if files:
+            self.lock.check()
         stop = self.stop.requested or (files and asked(self.run, STOP))
         wanted = self.world.add([stop, files and asked(self.run, SAVE)])
         return wanted[0] > 0, wanted[1] > 0
@@ -141,7 +149,7 @@ class Life:
         """The end of a run which a restart does not help: a report, and the exit code."""
         if self.world.is_main:
             log.error("error: %s", error)
-            with contextlib.suppress(OSError):  # a disk that is full, too, does not change that
+            with contextlib.suppress(OSError, RunTaken):  # a disk that is full, too, does not change that
                 self.note("stop", self.watch.step, reason=str(error), code=EXIT_GIVE_UP)
                 report = {
                     "reason": str(error),
@@ -154,7 +162,7 @@ class Life:
     def fail(self, error: BaseException) -> None:
         """Note an end that nobody has asked for."""
         code = 2 if isinstance(error, UserError) else 1
-        with contextlib.suppress(OSError):  # the error itself is what is to be told
+        with contextlib.suppress(OSError, RunTaken):  # the error itself is what is to be told
             self.note("stop", self.watch.step, reason=f"{type(error).__name__}: {error}".splitlines()[0], code=code)
 
     def write_ledger(self) -> None:

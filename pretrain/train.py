@@ -37,7 +37,7 @@ from pretrain.engine import (
     learning_rate,
     set_learning_rate,
 )
-from pretrain.events import lock_run
+from pretrain.events import RunTaken, lock_run
 from pretrain.flops import count_flops, peak_tflops, utilisation
 from pretrain.life import Life, all_keys
 from pretrain.losses import LOSSES, LossesConfig
@@ -46,6 +46,7 @@ from pretrain.model.model import ModelConfig, build_model
 from pretrain.model.warm_start import warm_start
 from pretrain.momentum import Momentum
 from pretrain.randomness import seed_torch
+from pretrain.signals import EXIT_RESTART
 from pretrain.spikes import GiveUp, SpikesConfig
 from pretrain.watch import WatchConfig
 from pretrain.world import World
@@ -122,12 +123,15 @@ class RunConfig(ConfigModel):
 
 def train(config: RunConfig, world: World) -> int:
     """Train for the configured duration, on from the newest checkpoint if there is one. Returns the exit code."""
-    with lock_run(config.run, world):
-        life = Life(config.run, config.watch, config.spikes, world)
+    with lock_run(config.run, world) as lock:
+        life = Life(config.run, config.watch, config.spikes, world, lock)
         try:
             return train_steps(config, life, world)
         except GiveUp as error:
             return life.give_up(error)
+        except RunTaken as error:
+            log.error("error: %s", error)
+            return EXIT_RESTART
         except BaseException as error:
             life.fail(error)
             raise
@@ -172,7 +176,7 @@ def train_steps(config: RunConfig, life: Life, world: World) -> int:
     clock = Clock()
     metrics = Metrics(config.run, step, steps, enabled=world.is_main)
     bad_steps = BadSteps(config.train.max_bad_steps, config.engine.precision, world)
-    saver = Saver(engine, config.run, config.checkpoint, world, life.saved)
+    saver = Saver(engine, config.run, config.checkpoint, world, life.saved, life.lock.check)
     batches = iter(loader)
     life.start(step, steps, newest)
     stopping, saving = life.asks()

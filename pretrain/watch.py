@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from data_tools.files import write_json_atomic
 from pretrain.config import ConfigModel, Ratio
-from pretrain.events import Events
+from pretrain.events import Events, RunLock, RunTaken
 from pretrain.signals import EXIT_RESTART
 from pretrain.world import World
 
@@ -57,8 +57,9 @@ class Facts(NamedTuple):
 class Watch:
     """`enter(phase, step)` at each change; `start` and `close` bound the thread's life."""
 
-    def __init__(self, run: str | Path, config: WatchConfig, world: World) -> None:
+    def __init__(self, run: str | Path, config: WatchConfig, world: World, lock: RunLock) -> None:
         self.run, self.config, self.rank, self.size = Path(run), config, world.rank, world.size
+        self.lock = lock
         self.life = world.share(secrets.token_hex(4))
         self.host, self.main = socket.gethostname(), threading.main_thread().ident
         self.phase, self.step, self.since_s, self.since_time = "start", 0, time.monotonic(), time.time()
@@ -102,9 +103,18 @@ class Watch:
             now_s = time.monotonic()
             if now_s - written_s >= PROGRESS_S:
                 written_s = now_s
+                self.leave_if_taken()
                 self.write_progress()
             if now_s - self.since_s > self.limit_s() or self.reports().exists():
                 self.end()
+
+    def leave_if_taken(self) -> None:
+        """End the process where another life has the folder: this one was frozen or cut off, and its ranks are gone."""
+        try:
+            self.lock.check()
+        except RunTaken as error:
+            print(f"rank {self.rank}: {error}", file=sys.stderr, flush=True)
+            os._exit(EXIT_RESTART)
 
     def write_progress(self) -> None:
         path = self.run / "progress" / f"rank-{self.rank:05d}.json"

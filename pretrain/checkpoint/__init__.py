@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import pickle
+import secrets
 import shutil
 import threading
 import time
@@ -203,10 +204,15 @@ class Saver:
         config: CheckpointConfig,
         world: World,
         on_saved: Callable[["Saved"], None] = lambda saved: None,
+        check_held: Callable[[], None] = lambda: None,  # raises where another life of the run has the folder
     ) -> None:
-        self.engine, self.run, self.world, self.on_saved = engine, Path(run), world, on_saved
+        self.engine, self.run, self.world = engine, Path(run), world
+        self.check_held, self.on_saved = check_held, on_saved
         self.keep = keep_last(config.keep, config.keep_every_steps)
         self.parent = self.run / "checkpoints"
+        self.token = world.share(
+            secrets.token_hex(4)
+        )  # a life that was thought dead must not write into another's files
         name = hashlib.sha256(str(self.run.resolve()).encode()).hexdigest()[:16]  # of this run among those of the node
         self.staging = Path(config.staging) / f"pretrain-{name}" if config.staging else None
         self.pending: Pending | None = None
@@ -220,7 +226,7 @@ class Saver:
         """
         self.finish()
         started_s = time.perf_counter()
-        temporary, extra = self.parent / f"tmp_step_{step:08d}", extra or {}
+        temporary, extra = self.parent / f"tmp_step_{step:08d}_{self.token}", extra or {}
         first = self.staging or temporary
         with all_or_none(temporary, self.world):
             if self.world.is_main:
@@ -278,6 +284,7 @@ class Saver:
         with all_or_none(pending.temporary, self.world):
             if self.world.is_main:
                 sync_folder(pending.temporary / DEEPSPEED_TAG)
+                self.check_held()
                 finish(pending.temporary, final, pending.state, facts)
                 prune(self.run, self.keep)
         stall_s = pending.stall_s + time.perf_counter() - started_s

@@ -92,6 +92,20 @@ def record_keys(run: Path, rank: int) -> None:
     train.compute_gradients = compute_and_note
 
 
+def at_end_of_step(step: int, act: Callable[[Any], None]) -> None:
+    """Call `act` in this rank when so many steps are done, before they are saved."""
+    from pretrain.life import Life
+
+    plain = Life.asks
+
+    def asks(life: Any) -> tuple[bool, bool]:
+        if life.watch.step + 1 == step and life.watch.phase == "step":
+            act(life)
+        return plain(life)
+
+    Life.asks = asks
+
+
 def arguments(shards: Path, run: Path, *overrides: str) -> list[str]:
     return ["train", str(TINY), f"run={run}", f"data.path={shards / 'train'}", *overrides]
 

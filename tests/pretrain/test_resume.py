@@ -1,5 +1,6 @@
 """Real processes, killed, and resumed: whole checkpoints or none, bit for bit, and on other numbers of ranks."""
 
+import ctypes
 import json
 import os
 import random
@@ -16,6 +17,7 @@ from lives import (
     LifeOfRun,
     arguments,
     assert_same_run,
+    at_end_of_step,
     copy_run,
     events_of,
     keys_of,
@@ -30,6 +32,7 @@ from data_tools.errors import UserError
 from pretrain import checkpoint
 from pretrain.__main__ import main
 from pretrain.checkpoint.mirror import Mirror
+from pretrain.life import Life
 from pretrain.restore import load_run
 from pretrain.world import World
 
@@ -175,6 +178,35 @@ def test_a_second_run_in_the_folder_is_refused(shards: Path, tmp_path: Path) -> 
     first.wait()
 
 
+class FreezeAfter:
+    """Every rank stands still, as on nodes that have hung, once so many steps are done and before they are saved."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def __call__(self, run: Path) -> None:
+        at_end_of_step(self.steps, lambda life: os.kill(os.getpid(), signal.SIGSTOP))
+
+
+def test_a_life_given_up_that_wakes_leaves_the_run_to_the_next(shards: Path, tmp_path: Path, whole_run: Path) -> None:
+    run = tmp_path / "run"
+    first = live(shards, run, hook=FreezeAfter(6))
+    wait_for(lambda: all(is_stopped(process.pid) for process in first.processes), first)
+    (run / "run.lock").unlink()  # as a launcher does that has given it up
+    second = live(shards, run)
+    assert second.wait() == [0, 0], second.stderr()
+    left = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+    first.signal(signal.SIGCONT)
+    codes = first.wait(grace_s=10)
+    assert codes[0] == 86 and 0 not in codes and 85 not in codes  # rank 1 may find its peer gone first
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == left
+    assert_same_run(run, whole_run)
+
+
+def is_stopped(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
 def test_checkpoints_are_kept_by_number_and_for_good(tmp_path: Path) -> None:
     for step in (10, 20, 30, 40, 50):
         (tmp_path / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
@@ -206,15 +238,7 @@ class StopAfter:
         self.steps = steps
 
     def __call__(self, run: Path) -> None:
-        from pretrain.life import Life
-
-        plain = Life.asks
-
-        def asks(life: Life) -> tuple[bool, bool]:
-            life.stop.requested |= life.watch.step + 1 >= self.steps and life.watch.phase == "step"
-            return plain(life)
-
-        Life.asks = asks
+        at_end_of_step(self.steps, lambda life: setattr(life.stop, "requested", True))
 
 
 def resave(world: World, shards: Path, out: Path, source: Path | None, stage: int, precision: str) -> None:
@@ -351,6 +375,70 @@ def test_a_folder_that_cannot_be_written_is_refused(shards: Path) -> None:
         life = live(shards, Path(folder) / "run", ranks=1, hook=become_nobody)
         assert life.wait() == [2]
         assert "cannot be written: Permission denied" in life.stderr() and "Traceback" not in life.stderr()
+
+
+def make_read_only(run: Path) -> None:
+    """After step 5 nothing in the run folder can be made or changed. What is open stays so, as on a remounted disk."""
+
+    def act(life: Life) -> None:
+        for path in [run, *run.rglob("*")]:
+            path.chmod(0o555 if path.is_dir() else 0o444)
+        drop_privileges_over_files()
+
+    at_end_of_step(5, act)
+
+
+def drop_privileges_over_files() -> None:
+    """Let permissions hold for root, too: without CAP_DAC_OVERRIDE, in this thread."""
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3, this thread
+    sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable of capabilities 0-31; then of 32-63
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.capget(header, sets) == 0
+    sets[0] &= ~(1 << 1)
+    assert libc.capset(header, sets) == 0
+
+
+def test_a_folder_made_read_only_in_mid_run_ends_it_and_loses_nothing(
+    shards: Path, tmp_path: Path, whole_run: Path
+) -> None:
+    run = tmp_path / "run"
+    life = live(shards, run, hook=make_read_only)
+    codes = life.wait(grace_s=20)
+    for path in [run, *run.rglob("*")]:
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    assert codes == [2, 2], life.stderr()
+    assert "Permission denied" in life.stderr() and "Traceback" not in life.stderr()
+    assert [folder.name for folder in checkpoint.folders(run)] == ["step_00000003"]
+    life = live(shards, run)
+    assert life.wait() == [0, 0], life.stderr()
+    assert_same_run(run, whole_run)
+
+
+def set_the_clock_back(run: Path) -> None:
+    """A day, after step 4; and the process is killed after step 7."""
+    now = time.time
+
+    def act(life: Life) -> None:
+        time.time = lambda: now() - 86400
+
+    at_end_of_step(4, act)
+    at_end_of_step(7, lambda life: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def test_a_clock_set_back_in_mid_run_changes_nothing(shards: Path, tmp_path: Path, whole_run: Path) -> None:
+    run = tmp_path / "run"
+    started_s = time.monotonic()
+    life = live(shards, run, hook=set_the_clock_back)
+    assert life.wait() == [-signal.SIGKILL] * 2, life.stderr()
+    life = live(shards, run)
+    assert life.wait() == [0, 0], life.stderr()
+    assert [event["step"] for event in events_of(run, "start")] == [0, 6]
+    assert_same_run(run, whole_run)
+    ledger = json.loads((run / "ledger.json").read_text())
+    parts = [ledger[name] for name in ("productive", "checkpoint", "lost", "restart")]
+    assert min(parts) >= 0 and sum(parts) == pytest.approx(ledger["total"])
+    # The clock that was right again had a day's leap forwards: between the lives, so it is none of the training's.
+    assert ledger["total"] - ledger["restart"] < time.monotonic() - started_s
 
 
 def test_a_save_by_way_of_staging_is_the_same_save(shards: Path, tmp_path: Path, whole_run: Path) -> None:

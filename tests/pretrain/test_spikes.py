@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lives import LifeOfRun, arguments, events_of, keys_of, losses_of, weights_of
+from lives import LifeOfRun, arguments, at_end_of_step, events_of, keys_of, losses_of, weights_of
 from ranks import run_on_ranks
 
 from pretrain.checkpoint import gather_weights
@@ -38,6 +38,14 @@ class Inject:
             return {name: loss * factor for name, loss in compute_losses(*others).items()}
 
         train.compute_gradients, accumulate.compute_losses = at_step, multiplied
+
+
+class InjectAndStop(Inject):
+    """And ask for a stop after step 7."""
+
+    def __call__(self, run: Path) -> None:
+        super().__call__(run)
+        at_end_of_step(7, lambda life: setattr(life.stop, "requested", True))
 
 
 def live(shards: Path, run: Path, *overrides: str, hook=None) -> LifeOfRun:
@@ -76,13 +84,14 @@ def test_a_skipped_step_is_one_that_never_was(factor: float, shards: Path, tmp_p
 def test_a_rollback_leaves_the_batches_out_for_good(shards: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     rollback = [*WATCHED, "spikes.action=rollback", "spikes.leave_out_steps=2"]
-    life = live(shards, run, *rollback, "train.duration=7 steps", hook=Inject(1e4, [6]))
-    assert life.wait() == [0, 0], life.stderr()
+    life = live(shards, run, *rollback, hook=InjectAndStop(1e4, [6]))
+    assert life.wait(grace_s=20) == [85, 85], life.stderr()
     (event,) = events_of(run, "rollback")
     assert (event["from"], event["to"], event["left_out"]) == (6, 3, [5, 6])
     assert event["keys"] == keys_of(run)[6]
     life = live(shards, run, *rollback, hook=Inject(1e4, [6]))  # a later life leaves them out too
     assert life.wait() == [0, 0], life.stderr()
+    assert_same(run, run_without(shards, tmp_path / "clean", [5, 6]), [5, 6])
     assert json.loads((run / "checkpoints" / "step_00000008" / "state.json").read_text())["left_out"] == [5, 6]
 
 

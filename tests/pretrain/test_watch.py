@@ -11,6 +11,7 @@ import pytest
 import torch.distributed as dist
 from lives import LifeOfRun, arguments, events_of
 
+from pretrain.events import LOCK, RunLock
 from pretrain.watch import Facts, Watch, WatchConfig, first_cause
 from pretrain.world import World
 
@@ -138,7 +139,9 @@ def test_the_first_cause_of_what_ranks_say(facts: list[Facts], rank: int) -> Non
 def test_limits_follow_the_median_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now_s = 100.0
     monkeypatch.setattr(time, "monotonic", lambda: now_s)
-    watch = Watch(tmp_path, WatchConfig(factor=20, least_s=5, start_s=900, save_s=700), World())
+    watch = Watch(
+        tmp_path, WatchConfig(factor=20, least_s=5, start_s=900, save_s=700), World(), RunLock(tmp_path / LOCK, "")
+    )
     assert watch.limit_s() == 900
     for step in range(8):
         watch.enter("data", step)

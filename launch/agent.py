@@ -50,9 +50,7 @@ CANDIDATES = 5  # nodes that hear of all others, and so can take over
 ALL_TO_ALL = 16  # up to so many nodes, everybody hears of everybody
 TAKE_OVER_S = 0.7  # by which a node that hears only half waits for the old leader to claim its own succession
 LONELY_S = 1800.0  # without a leader, after which a supervisor ends
-CHILD_S = 1.0
 OUTPUT_BYTES = 16_384  # of a command on a node, that go into its answer
-ADDRESS_IN_USE_TRIES = 20
 
 
 class Agent:
@@ -80,7 +78,8 @@ class Agent:
         self.killed_s: float | None = None
         self.claim: Any = None
         self.claimed_generation = 0
-        self.doubt_s: float | None = None
+        self.doubt_s: float | None = None  # since when the leader is missed
+        self.beaten_s: float | None = None  # when another node was faster to succeed it
         self.leader_heard_s = time.monotonic()
         self.gpus: threading.Thread | None = None
         self.refused: str | None = None
@@ -136,6 +135,8 @@ class Agent:
         self.heart.meet({node: (place["address"], place["port"]) for node, place in look.places.items()})
         self.hear_orders()
         if self.leader is not None:
+            if self.shared.look.generation > self.leader.generation and self.leader.claim is None:
+                self.leader.abdicate("the shared folder says that another node leads")
             self.leader.tick(self.describe())
             if not self.leader.leads:
                 self.shared.regular = None
@@ -196,6 +197,8 @@ class Agent:
         }
         if self.listener is not None:
             facts["port"] = self.listener.getsockname()[1]
+        if self.leader is None and self.doubt_s is not None:
+            facts["misses"] = self.order["leader"]
         for name in ("notice", "refused"):
             if getattr(self, name):
                 facts[name] = getattr(self, name)
@@ -359,6 +362,8 @@ class Agent:
             claimed, self.claim = self.claim.result(), None
             if claimed:
                 self.lead()
+            else:
+                self.beaten_s = time.monotonic()
             return
         now_s = time.monotonic()
         if order is None:
@@ -372,26 +377,37 @@ class Agent:
         else:
             silent_s = self.job.node_silent_s
             kind = find_lost(self.heart, self.shared, order["leader"], silent_s)
-            self.shared.doubted = [order["leader"]]
             members = order["members"]
+            late_s = 2 * self.job.heartbeat_s
+            self.shared.doubted = [node for node in members if self.heart.silence_s(node) > late_s]
             if kind is None or self.node not in members:
                 self.doubt_s = None
                 return
-            voters = [node for node in members if not (node == order["leader"] and kind == "gone")]
-            alive = [node for node in voters if find_lost(self.heart, self.shared, node, silent_s) is None]
-            if not alive or alive[0] != self.node:
-                self.doubt_s = None
-                return
             self.doubt_s = self.doubt_s or now_s
+            states = {node: find_lost(self.heart, self.shared, node, silent_s) for node in members}
+            voters = [node for node in members if states[node] != "gone"]
+            alive = [node for node in voters if states[node] is None and self.misses(node, order)]
+            if alive[0] != self.node:
+                return
             which = side(len(voters), len(alive))
+            if which != "most" and kind == "cut":
+                return  # it lives, and decides by the folder
             if which == "half" and now_s - self.doubt_s < TAKE_OVER_S:
                 return
-            if which == "few" and (kind == "cut" or now_s - self.doubt_s < 2 * silent_s):
+            if which == "few":  # the others may go on without this node: see whether they live at all
+                living = any(states[node] in (None, "cut") for node in voters if node not in alive)
+                if living or now_s - self.doubt_s < 2 * silent_s:
+                    return
+            if self.beaten_s is not None and now_s - self.beaten_s < 2 * silent_s:
                 return
         known = order["generation"] if order else 0
         generation = max(known, self.claimed_generation, self.shared.look.generation if self.doubt_long() else 0) + 1
         self.claimed_generation = generation
         self.claim = self.shared.do(self.shared.claim_generation, generation)
+
+    def misses(self, node: str, order: dict[str, Any]) -> bool:
+        """Whether a node says that it does not hear the leader either."""
+        return node == self.node or self.heart.heard().get(node, {}).get("misses") == order["leader"]
 
     def doubt_long(self) -> bool:
         """Whether who claimed the succession before has had time to make itself heard."""
@@ -400,15 +416,9 @@ class Agent:
     def lead(self) -> None:
         told(f"{self.node} leads (generation {self.claimed_generation})")
         leader = Leader(
-            self.job,
-            self.nodes,
-            self.node,
-            self.claimed_generation,
-            self.heart,
-            self.shared,
-            ask_slurm_why,
-            end_time(self.job),
-        )
+            self.job, self.nodes, self.node, self.claimed_generation, self.heart, self.shared,
+            ask_slurm_why, release_allocation, end_time(self.job),
+        )  # fmt: skip
         if self.order is not None:
             kind = find_lost(self.heart, self.shared, self.order["leader"], self.job.node_silent_s) or "silent"
             leader.own = self.describe()
@@ -490,6 +500,14 @@ def ask_slurm_why() -> str | None:
     if facts.get("JobState") == "TIMEOUT" or facts.get("Reason") == "TimeLimit":
         return "time_limit"
     return "cancel" if facts.get("JobState") == "CANCELLED" else None
+
+
+def release_allocation() -> None:
+    """Give the nodes of this job back. May take 30 s."""
+    if "SLURM_JOB_ID" in os.environ:
+        told("the first node is lost, and the batch script with it: giving the allocation back")
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            subprocess.run(["scancel", os.environ["SLURM_JOB_ID"]], stdin=subprocess.DEVNULL, timeout=30)
 
 
 DEFAULTS = {

@@ -22,7 +22,7 @@ from launch.events import append_event, read_launch_events, read_lines
 from launch.heartbeat import ACCEPTS, REFUSES, Heart
 from launch.judge import Evidence, RankEnd, Verdict, judge, recall_verdicts, verdict_facts
 from launch.ranks import log_tail
-from launch.shared import Shared, replace
+from launch.shared import LOOK_S, SIGN_S, Shared, replace
 
 EXIT_SAVED, EXIT_RESTART = 85, 86
 START_WAIT_S = 120.0  # for all supervisors to appear, from the first one's start
@@ -55,7 +55,8 @@ def find_lost(heart: Heart, shared: Shared, node: str, silent_s: float) -> str |
     if answer == ACCEPTS:
         return "frozen"
     sign = shared.look.signs.get(node)
-    return "cut" if sign and time.monotonic() - sign[1] < silent_s else "silent"
+    since_beat_s = silence_s - (time.monotonic() - sign[1]) if sign else 0.0
+    return "cut" if since_beat_s > SIGN_S + 2 * LOOK_S else "silent"
 
 
 def side(voters: int, alive: int) -> str:
@@ -87,10 +88,11 @@ class Leader:
         heart: Heart,
         shared: Shared,
         ask_why: Callable[[], str | None] = lambda: None,
+        release: Callable[[], None] = lambda: None,
         end_time: float | None = None,
     ) -> None:
         self.job, self.allocation, self.node, self.generation = job, allocation, node, generation
-        self.heart, self.shared, self.run, self.ask_why = heart, shared, shared.run, ask_why
+        self.heart, self.shared, self.run, self.ask_why, self.release = heart, shared, shared.run, ask_why, release
         self.end_time = end_time  # of the allocation, unix seconds
         self.number = 0
         self.phase, self.since_s = "gather", time.monotonic()
@@ -179,7 +181,8 @@ class Leader:
 
     def tick(self, own: dict[str, Any]) -> None:
         self.own = own
-        self.watch_nodes()
+        if self.leads:
+            self.watch_nodes()
         if not self.leads or self.code is not None:
             return
         if self.pending is not None:
@@ -576,12 +579,12 @@ class Leader:
             launch, run = self.shared.launch, self.run
 
             def find_evidence() -> tuple[Evidence, bool, list[Verdict]]:
-                hangs = [
-                    event
-                    for path in sorted(run.glob("events*.jsonl"))
-                    for event in read_lines(path)
-                    if event.get("event") == "hang" and event.get("time", 0) >= started_at
-                ]
+                said = [event for path in sorted(run.glob("events*.jsonl")) for event in read_lines(path)]
+                said = [event for event in said if event.get("time", 0) >= started_at]
+                hangs = [event for event in said if event.get("event") == "hang"]
+                # The sign of life is up to a second old; what the trainer says at its end is exact.
+                ends_said = [event["step"] for event in said if event.get("event") in ("stop", "done", "hang")]
+                reached = ends_said[0] if ends_said else step
                 if frozen:
                     hangs.append({"event": "hang", "rank": frozen[0], "host": frozen[1], "reason": frozen[2]})
                 ranks = tuple(
@@ -592,7 +595,7 @@ class Leader:
                     asked if asked in ("time_limit", "preemption", "cancel") else "stop_file" if stop_file else None
                 )
                 evidence = Evidence(
-                    life, started_at, time.time(), step, ranks, lost, hangs[-1] if hangs else None, notice,
+                    life, started_at, time.time(), reached, ranks, lost, hangs[-1] if hangs else None, notice,
                     saved_step=newest_step(run),
                 )  # fmt: skip
                 return evidence, (run / "done.json").exists(), recall_verdicts(read_launch_events(run))
@@ -666,6 +669,7 @@ class Leader:
             self.give_order("end")
 
     def continue_job(self, written: Future, reason: str) -> str | None:
+        """May take minutes, and end this process."""
         written.result(timeout=30)
         try:
             from launch.successor import continue_job
@@ -683,8 +687,12 @@ class Leader:
         if self.action != "end":
             self.give_order("end")
         running = [node for node in self.members if node != self.node and self.says(node).get("phase") != "ended"]
-        if not running or time.monotonic() > self.deadline_s:
+        if running and time.monotonic() < self.deadline_s:
+            return
+        if self.allocation[0] in self.members:
             self.code = self.ending["code"]
+        else:  # the batch script has died with its node, so nobody else gives the other nodes back
+            self.wait_for(self.in_thread(self.release), lambda nothing: setattr(self, "code", self.ending["code"]))
 
     # For people.
 

@@ -51,6 +51,7 @@ CANDIDATES = 5  # nodes that hear of all others, and so can take over
 ALL_TO_ALL = 16  # up to so many nodes, everybody hears of everybody
 TAKE_OVER_S = 0.3  # by which a node that hears only half waits for the old leader to claim its own succession
 LONELY_S = 1800.0  # without a leader, after which a supervisor ends
+RELEASE_TRIES, RELEASE_PAUSE_S = 8, 5.0
 OUTPUT_BYTES = 16_384  # of a command on a node, that go into its answer
 
 
@@ -502,11 +503,17 @@ def ask_slurm_why() -> str | None:
 
 
 def release_allocation() -> None:
-    """Give the nodes of this job back. May take 15 s."""
-    if "SLURM_JOB_ID" in os.environ:
-        told("the first node is lost, and the batch script with it: giving the allocation back")
-        with contextlib.suppress(UserError):
+    """Give the nodes of this job back. May take minutes."""
+    if "SLURM_JOB_ID" not in os.environ:
+        return
+    told("the first node is lost, and the batch script with it: giving the allocation back")
+    for _ in range(RELEASE_TRIES):
+        try:
             slurm.cancel([os.environ["SLURM_JOB_ID"]])
+            return
+        except UserError as error:
+            told(str(error))
+            time.sleep(RELEASE_PAUSE_S)
 
 
 def main(path: str | Path, nodes: str | None = None, node: str | None = None, job_name: str | None = None) -> int:

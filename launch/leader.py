@@ -170,7 +170,7 @@ class Leader:
 
     def tick(self, own: dict[str, Any]) -> None:
         self.own = own
-        if self.leads:
+        if self.leads and self.phase != "end":
             self.watch_nodes()
         if not self.leads or self.code is not None:
             return

@@ -61,11 +61,10 @@ fi
 
 # The same, after it.
 _RUN = r"""
-# Slurm sends USR1 to this shell when it is time to save, and TERM when it ends the job. srun passes USR1 on to the
-# supervisors, without asking the controller. TERM would make it kill them: they read of that in a file.
-step=
-trap 'log "it is time to save"; [[ ! $step ]] || kill -USR1 "$step" 2>/dev/null || :' USR1
-trap 'log "Slurm is ending the job"; echo cancel >"$here/notice"' TERM
+# Slurm sends USR1 to this shell when it is time to save, and TERM when it ends the job. The supervisors read of that in a file:
+# srun would pass USR1 on to the ranks, too, which it kills before they can listen, and TERM makes srun kill them all.
+trap 'log "it is time to save"; echo time_limit >"$here/notice"' USR1
+trap 'log "Slurm is ending the job"; [[ -e $here/notice ]] || echo cancel >"$here/notice"' TERM
 
 # One supervisor a node. They outlive each other: none is ended because another one or its node has failed.
 log "job $SLURM_JOB_ID, restart $restarts, on $SLURM_JOB_NODELIST"

@@ -24,6 +24,7 @@ AWAY = (
     "Connection timed out", "Transport endpoint", "communication connection failure", "Unexpected message received",
     "Protocol authentication error", "Slurm backup controller in standby mode", "Slurm temporarily unable to accept job",
     "Communication shutdown failure",
+    "Could not establish a configuration source",
 )  # fmt: skip
 
 # Before the user's setup. All values come from variables.

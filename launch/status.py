@@ -385,7 +385,8 @@ def cancel(place: str, now: bool) -> None:
 
 def ask_to_stop(run: Path, job_id: str) -> bool:
     """Tell the supervisors of a job, by the run folder, to have the ranks save and then end; False where none has started."""
-    starts = sorted((run / "launch" / "jobs").glob(f"{job_id}-*"), key=lambda path: path.stat().st_mtime)
+    folder = run / "launch" / "jobs"  # JOB-RESTARTS of Slurm's, else JOB
+    starts = sorted([*folder.glob(f"{job_id}-*"), *folder.glob(job_id)], key=lambda path: path.stat().st_mtime)
     if not starts or (starts[-1] / "end").exists():
         return False
     (starts[-1] / "notice").write_text("cancel\n")

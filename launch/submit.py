@@ -112,7 +112,7 @@ def send(job: ResolvedJob) -> list[dict[str, Any]]:
     """Write what the supervisors need, then start them or ask Slurm to. The caller holds the lock of RUN/launch."""
     launch, run = job.launch, Path(job.run)
     for folder in ("logs", "submissions"):
-        (launch / folder).mkdir(exist_ok=True)
+        (launch / folder).mkdir(parents=True, exist_ok=True)
     for name in (launch / "stopped", run / "STOP"):
         name.unlink(missing_ok=True)
     make_secret(launch)

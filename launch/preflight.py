@@ -130,6 +130,12 @@ def read_answers(answers: Mapping[str, tuple[int | None, str]], found: Findings)
         else:
             last = next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "nothing")
             found.accuse(node, f"could not be asked (exit code {code}): {last[:200]}")
+    if len(found.bad) > len(answers) / 2 and len(answers) > 1:  # then it is the question, and not the nodes
+        reasons = sorted({reason for texts in found.bad.values() for reason in texts})
+        found.everywhere.append(
+            f"{len(found.bad)} of {len(answers)} nodes could not be asked: {'; '.join(reasons[:2])}"
+        )
+        found.bad.clear()
     return facts
 
 
@@ -252,7 +258,23 @@ def measure_links(
     if len(nodes) > ALL_PAIRS_NODES:
         command += ["--rounds", str(ALL_PAIRS_NODES - 1)]
     clocks: dict[str, float] = {}
-    silent = measure_group(run_on_nodes, nodes, command, found.rates, clocks, left_s)
+    measure_group(run_on_nodes, nodes, command, found.rates, clocks, left_s)
+    silent = find_silent(nodes, found.rates)
+    good = [node for node in nodes if node not in silent]
+    for node in silent if good else []:  # with one that works each has another chance
+        if left_s(AGAIN_S) >= 3:
+            measure_group(run_on_nodes, [good[0], node], command, found.rates, clocks, left_s, AGAIN_S)
+    silent = find_silent(nodes, found.rates)
+    if len(silent) == len(nodes):
+        found.everywhere.append(
+            "no two nodes could exchange data: look at the network between them, or at NCCL_* variables"
+        )
+        found.rates.clear()
+        return
+    for node in silent:
+        found.accuse(node, "does not exchange data with the others")
+    nodes = [node for node in nodes if node not in silent]
+    found.rates = {pair: rate for pair, rate in found.rates.items() if not set(pair) & set(silent)}
     middle = reference(found.rates)  # of the first time: alone, a pair may do better than all could together
     limit = LINK_SHARE * middle
     if any(explain_rates(found.rates, limit)) and left_s(AGAIN_S) >= 3:
@@ -262,8 +284,6 @@ def measure_links(
         if left_s(AGAIN_S) >= 3:
             measure_group(run_on_nodes, list(pair), command, found.rates, {}, left_s, AGAIN_S)
             tried.add(pair)
-    for node in silent:
-        found.accuse(node, "does not exchange data with the others")
     slow_nodes, slow_pairs = explain_rates(found.rates, limit)
     for node in slow_nodes:
         alone = [found.rates[pair] or 0.0 for pair in tried if node in pair]
@@ -283,6 +303,12 @@ def measure_links(
                 found.accuse(node, f"its clock is {offset_s - middle_s:+.1f} s off those of the others")
 
 
+def find_silent(nodes: Sequence[str], rates: Mapping[tuple[str, str], float | None]) -> list[str]:
+    """The nodes that have exchanged nothing with anybody."""
+    speaking = {node for pair, rate in rates.items() if rate for node in pair}
+    return [node for node in nodes if node not in speaking]
+
+
 def measure_group(
     run_on_nodes: RunOnNodes,
     nodes: list[str],
@@ -291,11 +317,10 @@ def measure_group(
     clocks: dict[str, float],
     left_s: Callable[[float], float],
     most_s: float = LINK_S,
-) -> list[str]:
+) -> None:
     """Measure the pairs of a group, and add what was found to `rates` (the better of several) and `clocks`.
 
-    Where it fails as a whole, its halves are tried: so one node that breaks a group is found among many. Returns the
-    nodes that have exchanged nothing with anybody.
+    Where it fails as a whole, its halves are tried: so one node that breaks a group is found among many.
     """
     answers = {node: read_json_line(text) for node, (_, text) in run_on_nodes(nodes, command, left_s(most_s)).items()}
     answered = {node: said for node, said in answers.items() if said is not None}
@@ -313,21 +338,11 @@ def measure_group(
                 done |= set(pair)
             if pair not in rates or (both or 0.0) > (rates[pair] or 0.0):
                 rates[pair] = both
-    missing = [node for node in nodes if node not in done]
-    if len(missing) == len(nodes) and len(nodes) > 2 and left_s(most_s) > 3:
+    if not done and len(nodes) > 2 and left_s(most_s) > 3:
         half = (len(nodes) + 1) // 2
-        parts = [nodes[:half], nodes[half:]]
-        return [
-            node for part in parts if len(part) > 1
-            for node in measure_group(run_on_nodes, part, command, rates, clocks, left_s, most_s)
-        ] + [node for part in parts if len(part) == 1 for node in part]  # fmt: skip
-    if missing and len(missing) < len(nodes):  # with one that works each has another chance
-        good = next(node for node in nodes if node in done)
-        return [
-            node for node in missing
-            if left_s(AGAIN_S) > 3 and measure_group(run_on_nodes, [good, node], command, rates, clocks, left_s, AGAIN_S)
-        ]  # fmt: skip
-    return missing
+        for part in (nodes[:half], nodes[half:]):
+            if len(part) > 1:
+                measure_group(run_on_nodes, part, command, rates, clocks, left_s, most_s)
 
 
 def reference(rates: Mapping[tuple[str, str], float | None]) -> float:
@@ -381,19 +396,26 @@ def choose_again(
 # --- by hand: python -m launch preflight JOB ---------------------------------------------------------------------------
 
 
-def run(config: str, overrides: Sequence[str] = (), hosts: str | None = None, timeout_s: float = 60.0) -> int:
-    """Print what the preflight finds on the nodes of this allocation, on hosts reached by ssh, or on this machine."""
+def run(config: str, overrides: Sequence[str] = (), hosts: str | None = None) -> int:
+    """Print what the preflight finds on the nodes of this allocation, on hosts reached by ssh, or on this machine.
+
+    Exit code 1 if there is something to mend.
+    """
     from launch.job import load_job
 
     job = load_job(config, list(overrides))
+    if getattr(job, "preflight", None) is None:
+        raise UserError(f"{config}: kind: {job.kind}: only nodes that train together are compared, and here none do")
     if hosts:
         nodes, run_on_nodes = [host for host in hosts.split(",") if host], run_by_ssh
     elif os.environ.get("SLURM_JOB_ID"):
         nodes, run_on_nodes = list_allocation(), run_by_srun
     else:
         nodes, run_on_nodes = [socket.gethostname()], run_here
-    folder = getattr(job, "run", None) or getattr(job, "output", None)
-    found = examine(run_on_nodes, nodes, getattr(job, "config", None), getattr(job, "overrides", []), folder, timeout_s)
+    if job.working_directory:
+        os.chdir(job.working_directory)  # where relative paths start
+    folder = Path(job.run) / "launch" if job.run else None
+    found = examine(run_on_nodes, nodes, job.config, job.overrides, folder, job.preflight.timeout_s)
     print(render(found))
     return 1 if found.bad or found.everywhere else 0
 

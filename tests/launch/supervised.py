@@ -33,22 +33,11 @@ def wait_for(condition: Callable[[], Any], what: str, story: Callable[[], str], 
     return found
 
 
-class Run:
-    """A run folder with a job in it, and what is on record there."""
+class Recorded:
+    """What is on record in a run folder."""
 
-    def __init__(self, run: Path, command: list[str] | None = None, **job: Any) -> None:
+    def __init__(self, run: Path) -> None:
         self.run, self.launch = run, run / "launch"
-        self.launch.mkdir(parents=True)
-        values = {
-            "name": "job",
-            "run": str(run),
-            "gpus_per_node": 2,
-            "time_limit_min": 60,
-            "preflight": {"enabled": False},
-        }
-        values |= {"command": command} if command else {}
-        self.resolved = resolve_job(check_config({**values, **job}, JobConfig, "job"))
-        (self.launch / "job.json").write_text(self.resolved.model_dump_json())
 
     def events(self, *names: str) -> list[dict[str, Any]]:
         return [event for event in read_launch_events(self.run) if not names or event["event"] in names]
@@ -93,13 +82,32 @@ class Run:
             assert (entry["keys"], entry["loss"]) == (keys, loss)
 
 
+class Run(Recorded):
+    """A run folder with a job in it."""
+
+    def __init__(self, run: Path, command: list[str] | None = None, **job: Any) -> None:
+        super().__init__(run)
+        self.launch.mkdir(parents=True)
+        values = {
+            "name": "job",
+            "run": str(run),
+            "gpus_per_node": 2,
+            "time_limit_min": 60,
+            "preflight": {"enabled": False},
+        }
+        values |= {"command": command} if command else {}
+        self.resolved = resolve_job(check_config({**values, **job}, JobConfig, "job"))
+        (self.launch / "job.json").write_text(self.resolved.model_dump_json())
+
+
 class LocalRun(Run):
     """Supervisors of nodes a, b, c ... on the loopback device."""
 
     def __init__(self, folder: Path, nodes: int, steps: int, step_s: float = 0.1, **job: Any) -> None:
         run = folder / "run"
         job = {"nodes": nodes, "start_wait_s": 20, **job}
-        super().__init__(run, [sys.executable, str(TRAINER), str(run), str(steps), str(step_s)], **job)
+        command = None if "config" in job else [sys.executable, str(TRAINER), str(run), str(steps), str(step_s)]
+        super().__init__(run, command, **job)
         self.names = [chr(ord("a") + number) for number in range(nodes + job.get("spare_nodes", 0))]
         self.supervisors: dict[str, subprocess.Popen] = {}
         self.job = secrets.token_hex(4)
@@ -127,8 +135,8 @@ class LocalRun(Run):
         self.wait_for(lambda: self.supervisors[name].poll() is not None, f"the end of {name}", patience_s)
         return self.supervisors[name].returncode
 
-    def ends(self, *names: str) -> list[int]:
-        return [self.end(name) for name in names or self.names]
+    def ends(self, *names: str, patience_s: float = PATIENCE_S) -> list[int]:
+        return [self.end(name, patience_s) for name in names or self.names]
 
     def __enter__(self) -> "LocalRun":
         return self

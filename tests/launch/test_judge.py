@@ -49,6 +49,17 @@ def test_a_failure_is_judged_right(path: Path) -> None:
         assert expected["excerpt"] in last.excerpt and expected["excerpt"] in last.reason
 
 
+@pytest.mark.parametrize("path", sorted(HELD_OUT.glob("*.txt")), ids=lambda path: path.stem)
+def test_a_log_is_read_right(path: Path) -> None:
+    """Logs that were written after the rules, to see whether those carry over; docs/launch.md tells how many did."""
+    head, _, log = path.read_text().partition("\n\n")
+    facts = dict(line.split(": ", 1) for line in head.splitlines())
+    how, _, number = facts["end"].partition(" ")
+    values = {"code": int(number), "signal": None} if how == "exit" else {"code": None, "signal": int(number)}
+    verdict = judge(life(end(0, **RUNS_ON), end(1, **values, log=log)), [])
+    assert (verdict.cause, verdict.node) == (facts["cause"], "node2"), verdict
+
+
 def end(
     rank: int = 0, code: int | None = 1, signal: int | None = None, at: float | None = 1.0, log: str = "", node=None
 ):

@@ -23,7 +23,6 @@ dies with it: the leader then ends or continues the job itself, through launch.s
 """
 
 import contextlib
-import json
 import os
 import re
 import secrets
@@ -35,11 +34,12 @@ import threading
 import time
 from itertools import product
 from pathlib import Path
-from types import FrameType, SimpleNamespace
+from types import FrameType
 from typing import Any
 
 from data_tools.errors import UserError
 from launch.heartbeat import Heart, load_secret
+from launch.job import read_job
 from launch.leader import START_WAIT_S, Leader, find_lost, side
 from launch.ranks import LOGS, Ranks, check_gpus, count_gpus, rank_places
 from launch.shared import Shared
@@ -508,31 +508,6 @@ def release_allocation() -> None:
         told("the first node is lost, and the batch script with it: giving the allocation back")
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
             subprocess.run(["scancel", os.environ["SLURM_JOB_ID"]], stdin=subprocess.DEVNULL, timeout=30)
-
-
-DEFAULTS = {
-    "config": None, "overrides": [], "command": None, "python": "python3", "environment": {}, "working_directory": None,
-    "nodes": 1, "spare_nodes": 0, "gpus_per_node": 1, "max_restarts": 30, "node_silent_s": 4.0, "heartbeat_s": 0.5,
-    "rank_silent_s": 60.0, "start_wait_s": START_WAIT_S, "save_before_end_s": 300, "time_limit_min": 60, "requeue": True,
-    "batch_size": None, "preflight": None, "bad_nodes": None,
-}  # fmt: skip
-
-
-def read_job(path: Path) -> SimpleNamespace:
-    """The job as `submit` has resolved it, with what a supervisor needs of it."""
-    try:
-        values = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file. `python -m launch submit` writes it into the run folder") from None
-    except ValueError as error:
-        raise UserError(f"{path}: is no JSON: {error}. `python -m launch submit` writes it") from None
-    job = SimpleNamespace(**{**DEFAULTS, **values})
-    job.min_nodes = values.get("min_nodes") or job.nodes
-    if job.command is not None:
-        job.words = list(job.command)
-    else:
-        job.words = [job.python, "-m", "pretrain", "train", job.config, *job.overrides]
-    return job
 
 
 def main(path: str | Path, nodes: str | None = None, node: str | None = None, job_name: str | None = None) -> int:

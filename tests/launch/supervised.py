@@ -14,6 +14,8 @@ from typing import Any
 from paths import ROOT
 
 from launch.events import read_launch_events
+from launch.job import JobConfig, resolve_job
+from pretrain.config import check_config
 
 TRAINER = Path(__file__).with_name("stand_in_trainer.py")
 AGENT = (
@@ -37,10 +39,16 @@ class Run:
     def __init__(self, run: Path, command: list[str] | None = None, **job: Any) -> None:
         self.run, self.launch = run, run / "launch"
         self.launch.mkdir(parents=True)
-        self.values = {"name": "job", "run": str(run), "gpus_per_node": 2, **job}
-        if command:
-            self.values["command"] = command
-        (self.launch / "job.json").write_text(json.dumps(self.values))
+        values = {
+            "name": "job",
+            "run": str(run),
+            "gpus_per_node": 2,
+            "time_limit_min": 60,
+            "preflight": {"enabled": False},
+        }
+        values |= {"command": command} if command else {}
+        self.resolved = resolve_job(check_config({**values, **job}, JobConfig, "job"))
+        (self.launch / "job.json").write_text(self.resolved.model_dump_json())
 
     def events(self, *names: str) -> list[dict[str, Any]]:
         return [event for event in read_launch_events(self.run) if not names or event["event"] in names]

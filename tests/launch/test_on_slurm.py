@@ -56,7 +56,7 @@ def test_hostile_values_arrive_as_they_are(cluster, tmp_path):
 
 
 def test_a_failing_rank_ends_the_job_with_its_exit_code(cluster, tmp_path):
-    job = cluster.submit(tmp_path, "fail", max_restarts=0)
+    job = cluster.submit(tmp_path, "fail")
     job.wait_for_end("FAILED", "COMPLETED")
     assert job.facts() == ("FAILED", "7:0", 0), job.story()
     logs = cluster.run(sys.executable, "-m", "launch", "logs", tmp_path / "run")

@@ -48,7 +48,7 @@ POLL_S = 0.1
 STUCK_S = 10.0  # for killed ranks to go
 CANDIDATES = 5  # nodes that hear of all others, and so can take over
 ALL_TO_ALL = 16  # up to so many nodes, everybody hears of everybody
-TAKE_OVER_S = 0.7  # by which a node that hears only half waits for the old leader to claim its own succession
+TAKE_OVER_S = 0.3  # by which a node that hears only half waits for the old leader to claim its own succession
 LONELY_S = 1800.0  # without a leader, after which a supervisor ends
 OUTPUT_BYTES = 16_384  # of a command on a node, that go into its answer
 

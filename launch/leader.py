@@ -252,14 +252,14 @@ class Leader:
     def may_decide(self, silent: dict[str, str]) -> bool:
         """Whether this leader may go on without these nodes. With less than most of the nodes it may be the one that is cut
         off: then it has to win the next generation in the shared folder, or to stop."""
-        voters = [
-            node for node in self.members if silent.get(node) != "gone"
-        ]  # one that is gone for certain has no voice
-        alive = [node for node in voters if node not in silent]
+        voters = [node for node in self.members if silent.get(node) != "gone"]  # who is gone for certain has no voice
+        alive = [node for node in voters if self.heart.silence_s(node) <= 2 * self.job.heartbeat_s]
         if self.claim is None:
             which = side(len(voters), len(alive))
             if which == "most":
                 return True
+            if any(node not in silent for node in voters if node not in alive):
+                return False  # others have just fallen silent, too: it will show whether for long
             if which == "few" and any(kind == "cut" for kind in silent.values()):
                 self.abdicate(f"{len(alive)} of {len(voters)} nodes can be heard here, and others live: they go on")
                 return False

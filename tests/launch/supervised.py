@@ -99,7 +99,8 @@ class LocalRun(Run):
     def __init__(self, folder: Path, nodes: int, steps: int, step_s: float = 0.1, **job: Any) -> None:
         run = folder / "run"
         job = {"nodes": nodes, "start_wait_s": 20, **job}
-        super().__init__(run, [sys.executable, str(TRAINER), str(run), str(steps), str(step_s)], **job)
+        command = None if "config" in job else [sys.executable, str(TRAINER), str(run), str(steps), str(step_s)]
+        super().__init__(run, command, **job)
         self.names = [chr(ord("a") + number) for number in range(nodes + job.get("spare_nodes", 0))]
         self.supervisors: dict[str, subprocess.Popen] = {}
         self.job = secrets.token_hex(4)
@@ -127,8 +128,8 @@ class LocalRun(Run):
         self.wait_for(lambda: self.supervisors[name].poll() is not None, f"the end of {name}", patience_s)
         return self.supervisors[name].returncode
 
-    def ends(self, *names: str) -> list[int]:
-        return [self.end(name) for name in names or self.names]
+    def ends(self, *names: str, patience_s: float = PATIENCE_S) -> list[int]:
+        return [self.end(name, patience_s) for name in names or self.names]
 
     def __enter__(self) -> "LocalRun":
         return self

@@ -548,14 +548,20 @@ def verdict_facts(verdict: Verdict) -> dict[str, Any]:
 
 
 def recall_verdicts(events: Iterable[Mapping[str, Any]]) -> list[Verdict]:
-    """The verdicts among a run's events, in order: what `judge` takes as history, over all jobs of the run."""
+    """The verdicts among a run's events, in order: what `judge` takes as history, over all jobs of the run.
+
+    Where a verdict has stopped the run and it was submitted again, somebody has mended something: what came before is no
+    measure for what comes now.
+    """
     names = {field.name for field in fields(Verdict)}
     empty = {"node": None, "reason": "", "excerpt": "", "signature": "", "step": None, "life": 0, "stop": False}
-    return [
-        Verdict(**{**empty, **{name: event[name] for name in names if name in event}})
-        for event in events
-        if event.get("event") == "verdict" and event.get("cause") in CAUSES
-    ]
+    found: list[Verdict] = []
+    for event in events:
+        if event.get("event") in ("submitted", "job_start") and found and found[-1].stop:
+            found.clear()
+        if event.get("event") == "verdict" and event.get("cause") in CAUSES:
+            found.append(Verdict(**{**empty, **{name: event[name] for name in names if name in event}}))
+    return found
 
 
 def load_bad_nodes(path: str | Path) -> dict[str, list[dict[str, Any]]]:

@@ -161,6 +161,10 @@ def test_verdicts_survive_in_the_events_of_a_run() -> None:
         json.loads(json.dumps({"event": "verdict", "time": 1.0, **verdict_facts(verdict)})),
     ]
     assert recall_verdicts(events) == [verdict]
+    again = [*events, {"event": "job_start"}, *events[1:]]
+    assert recall_verdicts(again) == [verdict, verdict]
+    events[1]["stop"] = True
+    assert len(recall_verdicts([*events, {"event": "submitted"}, *again[-1:]])) == 1, "somebody has mended something"
 
 
 def test_bad_nodes_are_remembered_by_many_at_once(tmp_path: Path) -> None:

@@ -86,19 +86,32 @@ class Rule:
         self.anywhere = cause == "node" or anywhere  # told by the kernel or a GPU, beside the exceptions of Python
 
 
+FULL_DISK = "the disk is full"
+
 # The first that fits is taken: hardware speaks through whatever call comes next, a file system through whatever is read
 # or written, and both through the errors of those who wait for that rank.
 RULES = (
-    Rule("node", "the GPU reports memory that it cannot correct", r"uncorrectable ECC|double.bit ECC|DRAM.?ECC", True),
-    Rule("node", "the GPU is gone from its bus", r"fallen off the bus|GPU is lost|GPU has fallen", True),
-    Rule("node", "the driver reports a fault of the GPU", r"\bXid\b[^\n]*: (48|6[234]|74|79|9[245]|1[12]\d|14\d)\b", True),
-    Rule("node", "NVLink has failed", r"uncorrectable NVLink|NVLink[^\n]{0,40}(fatal|uncorrectable)", True),
-    Rule("node", "the node reports broken hardware", r"machine check|\bmce: |hardware error|uncorrected (memory )?error", True),
+    Rule(
+        "node",
+        "the GPU reports memory that it cannot correct",
+        r"uncorrectable ECC|double.bit ECC|DRAM.?ECC",
+        proof=True,
+    ),
+    Rule("node", "the GPU is gone from its bus", r"fallen off the bus|GPU is lost|GPU has fallen", proof=True),
+    Rule("node", "the driver reports a fault of the GPU", r"\bXid\b[^\n]*: (48|6[234]|74|79|9[245]|1[12]\d|14\d)\b", proof=True),
+    Rule("node", "NVLink has failed", r"uncorrectable NVLink|NVLink[^\n]{0,40}(fatal|uncorrectable)", proof=True),
+    Rule(
+        "node",
+        "the node reports broken hardware",
+        r"machine check|\bmce: |hardware (error|memory corruption)|uncorrected (memory )?error|\bEDAC\b[^\n]*\bUE\b",
+        proof=True,
+    ),
     Rule(
         "node",
         "the GPU or its driver does not work",
         r"no CUDA-capable device|CUDA driver initialization failed|driver/library version mismatch|nvidia-smi has failed|"
-        r"initialize NVML|devices? is/are busy or unavailable|system not yet initialized|CUDA unknown error|No CUDA GPUs are available|"
+        r"initialize NVML|devices? is/are busy or unavailable|system not yet initialized|CUDA unknown error|"
+        r"No CUDA GPUs are available|"
         r"CUDA error: (unknown error|hardware stack error)|Found no NVIDIA driver",
     ),
     Rule("node", "its network adapter has failed", r"local catastrophic error|NET/IB *: *Got async event[^\n]*port error"),
@@ -115,7 +128,11 @@ RULES = (
         r"insufficient shared memory|No space left on device[^\n]*['\"]?/(dev/shm|tmp|var/tmp|scratch_?local)\b|"
         r"/(dev/shm|tmp)/[^\n]*No space left on device",
     ),
-    Rule("storage", "the disk is full", r"No space left on device|\bENOSPC\b|disk is full|than the disk has free|quota exceeded|\bEDQUOT\b"),
+    Rule(
+        "storage",
+        FULL_DISK,
+        r"No space left on device|\bENOSPC\b|disk is full|than the disk has free|quota exceeded|\bEDQUOT\b",
+    ),
     Rule(
         "storage",
         "the file system does not answer as it should",
@@ -157,7 +174,12 @@ RULES = (
         r"name resolution|Name or service not known|getaddrinfo|gai error|no address associated",
     ),
     Rule("network", "the network does not carry", r"No route to host|Network is unreachable|Network is down"),
-    Rule("network", "a transfer over the fabric failed", r"NET/(IB|OFI)[^\n]*(completion|error|fail)|ibv_\w+[^\n]*fail|IBV_WC", follows=True),
+    Rule(
+        "network",
+        "a transfer over the fabric failed",
+        r"NET/(IB|OFI)[^\n]*(completion|error|fail)|ibv_\w+[^\n]*fail|IBV_WC",
+        follows=True,
+    ),
     Rule(
         "network",
         "another rank did not answer",
@@ -175,8 +197,6 @@ RULES = (
         follows=True,
     ),
 )  # fmt: skip
-FULL_DISK = "the disk is full"
-
 # What a signal says where the log says nothing.
 SIGNALS = {
     signal.SIGKILL: ("node", "killed by SIGKILL: the kernel does that when the node's memory is short"),

@@ -62,7 +62,7 @@ def render_text(folder: str, ledger: Ledger) -> str:
     failed = sum(int(entry["failures"]) for entry in ledger.causes().values())
     lines = [
         clip(f"run         {folder}"),
-        f"wall time   {span_text(total_s)} in {len(set(ledger.jobs)) or 1} job(s), {len(ledger.lives)} lives, {failed} failures",
+        f"wall time   {span_text(total_s)}: jobs {len(set(ledger.jobs)) or 1}, lives {len(ledger.lives)}, failures {failed}",
         f"goodput     {ledger.goodput:.1%} of the time in which there were nodes",
         "",
         "where the time went",
@@ -201,8 +201,10 @@ def render_life(life: Life, origin_s: float) -> str:
     then = (life.repair or {}).get("action", "")
     row = '<tr class="bad">' if bad else "<tr>"
     return row + (
-        f'<td class="n">{html.escape(life.name)}</td><td>{html.escape(life.job)}</td><td class="n">+{span_text(life.began_s - origin_s)}</td>'
-        f"<td>{html.escape(nodes)}</td><td>{steps_of(life)}</td><td>{html.escape(end_of(life))}</td><td>{html.escape(then)}</td></tr>"
+        f'<td class="n">{html.escape(life.name)}</td><td>{html.escape(life.job)}</td>'
+        f'<td class="n">+{span_text(life.began_s - origin_s)}</td>'
+        f"<td>{html.escape(nodes)}</td><td>{steps_of(life)}</td><td>{html.escape(end_of(life))}</td>"
+        f"<td>{html.escape(then)}</td></tr>"
     )
 
 
@@ -254,7 +256,8 @@ def draw_band(ledger: Ledger, from_s: float, length_s: float, left: int, y: int,
             f", life {ledger.lives[span.life].name}" if span.life >= 0 else ""
         )
         parts.append(
-            f'<rect x="{x:.2f}" y="{y}" width="{wide:.2f}" height="{height}" fill="{COLOURS[span.kind]}"><title>{told}</title></rect>'
+            f'<rect x="{x:.2f}" y="{y}" width="{wide:.2f}" height="{height}" fill="{COLOURS[span.kind]}">'
+            f"<title>{told}</title></rect>"
         )
     return "".join(parts)
 

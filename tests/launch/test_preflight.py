@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from cluster import ROOT, Cluster
 
-from launch.preflight import LINK_SHARE, compare_nodes, examine, explain_rates, reference, run_here
+from launch.preflight import LINK_SHARES, compare_nodes, examine, explain_rates, reference, run_here
 from pretrain.doctor.link import count_rounds, pair_up
 from pretrain.doctor.node import examine_node
 
@@ -78,7 +78,7 @@ def draw_rates(count: int, seed: int, slow_nodes=(), slow_pairs=()) -> dict[tupl
 @pytest.mark.parametrize("seed", range(20))
 def test_a_slow_node_is_told_from_a_slow_link(seed: int) -> None:
     def explain(rates):
-        return explain_rates(rates, LINK_SHARE * reference(rates))
+        return explain_rates(rates, LINK_SHARES["sockets"] * reference(rates))
 
     for count in (3, 4, 8, 16):
         assert explain(draw_rates(count, seed)) == ([], [])
@@ -194,9 +194,10 @@ def make_sick(cluster: Cluster, node: str) -> None:
 def slow_link(cluster: Cluster, node: str, peer: int, rate: str) -> None:
     """Only what `node` sends to one other is slow."""
     for words in (
-        "qdisc add dev eth0 root handle 1: prio bands 4 priomap 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0",
-        f"qdisc add dev eth0 parent 1:4 tbf rate {rate} burst 64kb latency 200ms",
-        f"filter add dev eth0 parent 1: protocol ip u32 match ip dst 10.77.0.{10 + peer}/32 flowid 1:4",
+        "qdisc add dev eth0 root handle 1: htb default 10",
+        "class add dev eth0 parent 1: classid 1:10 htb rate 40gbit",
+        f"class add dev eth0 parent 1: classid 1:20 htb rate {rate} burst 64kb",
+        f"filter add dev eth0 parent 1: protocol ip u32 match ip dst 10.77.0.{10 + peer}/32 flowid 1:20",
     ):
         cluster.lab("exec", "-n", node, "tc", *words.split())
 
@@ -229,21 +230,27 @@ def test_a_sick_node_and_a_slow_one_are_named(tmp_path: Path) -> None:
 
 @pytest.mark.slurm
 @pytest.mark.faults
-def test_eight_nodes_with_a_slow_link_and_a_sick_node_and_twenty_clean_runs(tmp_path: Path) -> None:
+def test_twenty_clean_runs_accuse_nobody(tmp_path: Path) -> None:
     with Cluster.up(tmp_path, 8, "--gpus", "0", "--cpus", "8") as cluster:
         times = []
         for _ in range(20):
             code, text, took_s = run_preflight(cluster, tmp_path / "job", 8)
             assert code == 0 and named_bad(text) == set(), text
             times.append(took_s)
+    print(f"20 clean runs: median {statistics.median(times):.1f} s, longest {max(times):.1f} s")
+
+
+@pytest.mark.slurm
+@pytest.mark.faults
+def test_eight_nodes_with_a_slow_link_and_a_sick_node(tmp_path: Path) -> None:
+    with Cluster.up(tmp_path, 8, "--gpus", "0", "--cpus", "8") as cluster:
         slow_link(cluster, "node4", 7, "20mbit")
         make_sick(cluster, "node2")
         code, text, took_s = run_preflight(cluster, tmp_path / "job", 8)
         assert code == 1 and named_bad(text) == {"node2", "node7"}, text
         assert "the link node4 - node7 carries" in text and took_s < 60
+        print(f"{text}\n{took_s:.1f} s")
         cluster.lab("slow", "node6", "20mbit")
         code, text, took_s = run_preflight(cluster, tmp_path / "job", 8)
-        assert named_bad(text) >= {"node2", "node6"} and took_s < 60, text
-        print(
-            f"20 clean runs: median {statistics.median(times):.1f} s, longest {max(times):.1f} s; with faults {took_s:.1f} s"
-        )
+        assert named_bad(text) == {"node2", "node6", "node7"} and took_s < 60, text
+        print(f"{text}\n{took_s:.1f} s")

@@ -1,6 +1,7 @@
 """Preflight: what it makes of facts and rates, real exchanges on this machine, and sick nodes and slow cables of a cluster."""
 
 import json
+import multiprocessing
 import os
 import random
 import socket
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cluster import ROOT, Cluster
@@ -148,17 +150,37 @@ def test_a_node_looks_at_itself(tmp_path: Path, shards: Path, monkeypatch: pytes
     assert any("3 uncorrected memory errors" in text for text in problems)
 
 
-@pytest.mark.parametrize("backend", ["sockets", "gloo"])
-def test_processes_of_this_machine_exchange_data(backend: str) -> None:
-    names = ["a", "b", "c"] if backend == "sockets" else ["a", "b"]
-    command = [sys.executable, "-m", "pretrain", "doctor", "link", "--backend", backend, "--seconds", "0.2"]
-    found = run_here(names, command, 60)
+def test_processes_of_this_machine_exchange_data() -> None:
+    names = ["a", "b", "c"]
+    found = run_here(names, [sys.executable, "-m", "pretrain", "doctor", "link", "--seconds", "0.2"], 60)
     for rank, name in enumerate(names):
         code, text = found[name]
         said = json.loads(text.splitlines()[-1])
         assert code == 0 and set(said["mb_s"]) == {str(other) for other in range(len(names)) if other != rank}, text
-        assert all(rate > 1 for rate in said["mb_s"].values())
-        assert backend != "sockets" or abs(said["offset_s"]) < 0.5
+        assert all(rate > 1 for rate in said["mb_s"].values()) and abs(said["offset_s"]) < 0.5
+
+
+def measure_by_gloo(rank: int, count: int, port: int, queue: Any) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    from pretrain.doctor.link import measure_by_torch
+
+    queue.put((rank, measure_by_torch(rank, count, ("127.0.0.1", port), count_rounds(count), 0.2, "gloo")))
+
+
+def test_the_library_of_training_measures_too() -> None:
+    """By gloo, with the code that drives NCCL where there are GPUs."""
+    context = multiprocessing.get_context("forkserver")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    queue = context.Queue()
+    processes = [context.Process(target=measure_by_gloo, args=(rank, 3, port, queue)) for rank in range(3)]
+    for process in processes:
+        process.start()
+    found = dict(queue.get(timeout=120) for _ in processes)
+    for process in processes:
+        process.join(timeout=30)
+    assert {rank: set(facts["mb_s"]) for rank, facts in found.items()} == {0: {"1", "2"}, 1: {"0", "2"}, 2: {"0", "1"}}
+    assert all(rate > 1 for facts in found.values() for rate in facts["mb_s"].values())
 
 
 def test_a_node_that_does_not_come_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -206,12 +206,14 @@ SIGNALS = {
     signal.SIGABRT: ("code", "ended by SIGABRT: C code gave up"),
     signal.SIGFPE: ("code", "ended by SIGFPE: an impossible division, in C code"),
 }
+CRASH_SIGNALS = re.compile(r"ended by SIG(SEGV|ABRT|FPE|BUS|ILL)")
+NEAR_STEPS = 10
 ENDINGS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # sent by those who end a job
 NOTICES = {"time_limit": "time_limit", "preemption": "preemption", "cancel": "stopped", "stop_file": "stopped"}
 SLURM_ENDS = (
-    ("time_limit", re.compile(r"DUE TO TIME LIMIT|TIMEOUT")),
-    ("preemption", re.compile(r"DUE TO PREEMPTION|PREEMPTED")),
-    ("stopped", re.compile(r"(STEP|JOB) \S+ ON \S+ CANCELLED AT")),
+    ("time_limit", re.compile(r"CANCELLED AT \S+ DUE TO TIME LIMIT")),
+    ("preemption", re.compile(r"CANCELLED AT \S+ DUE TO PREEMPTION")),
+    ("stopped", re.compile(r"(STEP|JOB) \S+ ON \S+ CANCELLED AT \S+ \*\*\*")),
 )
 HEADER = re.compile(r"^=== life \d+ .*===$", re.MULTILINE)
 PREFIX = re.compile(r"^(\[rank\d+\]: ?|\d{1,5}: |\[\d+\] )")  # of torch, of srun --label, of some launchers
@@ -376,9 +378,7 @@ def judge_hang(hang: Mapping[str, Any]) -> tuple[str, str]:
     elif "another collective" in told:
         cause = "code"
     elif "did not arrive" in told:
-        cause = (
-            "node"  # its GPU or its processors are stuck; if it is the code, the next node shows it at the same step
-        )
+        cause = "node"  # its GPU or processors are stuck; if it is the code, another node shows it at the same step
     return cause, f"nothing moved any more: rank {hang.get('rank')} on {hang.get('host')} {told}"
 
 
@@ -392,7 +392,7 @@ def read_failure(end: RankEnd) -> Failure | None:
     if was_ended(end):
         return None
     said = read_log(end.log_tail)
-    if end.exit_code == EXIT_RESTART:
+    if end.exit_code == EXIT_RESTART and not (said.rule and said.rule.proof):
         return Failure(end, said, "network", "it has lost the others", follows=True)
     if end.exit_code == EXIT_GIVE_UP:
         cause = "data" if said.rule and said.rule.cause == "data" else "code"
@@ -523,7 +523,7 @@ def compare_with_history(verdict: Verdict, history: Sequence[Verdict], max_same:
     what = verdict.signature.partition(": ")[2]
     same = [
         old for old in history
-        if old.signature.partition(": ")[2] == what and old.step == verdict.step and old.cause not in NOTICES.values()
+        if old.signature.partition(": ")[2] == what and same_step(old, verdict) and old.cause not in NOTICES.values()
     ]  # fmt: skip
     lives = len(same) + 1
     at = f"at step {verdict.step}" if verdict.step is not None else "before the first step"
@@ -549,6 +549,16 @@ def compare_with_history(verdict: Verdict, history: Sequence[Verdict], max_same:
         why = f"{verdict.node} failed in {len(before) + 1} lives: {verdict.reason}"
         return replace(verdict, cause="node", exclude=True, reason=why)
     return verdict
+
+
+def same_step(old: Verdict, new: Verdict) -> bool:
+    """Whether two lives with the same failure ended at the same step.
+
+    A trainer that dies of a signal of the processor cannot say where it was; its last sign of life is up to a second old.
+    """
+    if old.step is None or new.step is None:
+        return old.step == new.step
+    return abs(old.step - new.step) <= (NEAR_STEPS if CRASH_SIGNALS.search(new.signature) else 0)
 
 
 def count_stuck(verdicts: Sequence[Verdict]) -> int:

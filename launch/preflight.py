@@ -25,6 +25,7 @@ from typing import Any
 from data_tools.errors import UserError
 
 PROBE_S = 25.0  # for the facts of all nodes
+LATE_S = 15.0  # more, for those that did not answer
 LINK_S = 25.0  # for a group's links
 AGAIN_S = 10.0  # for one pair's
 ALL_PAIRS_NODES = 16  # of up to so many nodes all pairs are measured; of more, so many partners of each
@@ -90,6 +91,9 @@ def examine(
         write_token(Path(folder), token, found)
     try:
         answers = run_on_nodes(nodes, node_command, left_s(PROBE_S))
+        late = [node for node in nodes if answers[node][0] is None]
+        if late and 2 * len(late) < len(nodes):  # what has to be read from a cold file system is there the second time
+            answers = {**answers, **run_on_nodes(late, node_command, left_s(LATE_S))}
         found.facts = read_answers(answers, found)
         suspects = compare_nodes(found.facts, token if folder is not None else None)
         if suspects.rates:  # a rate may be low because of other work: ask those again, and take the better

@@ -126,6 +126,14 @@ def test_a_node_that_breaks_the_group_is_found_by_halves(tmp_path: Path) -> None
     assert broken.bad == {} and "no two nodes" in broken.everywhere[0]
     mute = examine(lambda nodes, command, timeout_s: dict.fromkeys(nodes, (1, "no module")), names, None, [], tmp_path)
     assert mute.bad == {} and "no module" in mute.everywhere[0], "nobody loses all nodes to a broken question"
+    calls = []
+
+    def answer_late(asked: list[str], command: list[str], timeout_s: float):
+        calls.append(asked)
+        found = Nodes(names).run_on_nodes(asked, command, timeout_s)
+        return {**found, "node6": (None, "")} if len(calls) == 1 else found
+
+    assert examine(answer_late, names, None, [], tmp_path).bad == {} and calls[1] == ["node6"]
     assert list(tmp_path.iterdir()) == []
 
 

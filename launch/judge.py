@@ -78,12 +78,19 @@ class Rule:
     """What a text in a log says about the cause."""
 
     def __init__(
-        self, cause: str, why: str, pattern: str, proof: bool = False, follows: bool = False, anywhere: bool = False
+        self,
+        cause: str,
+        why: str,
+        pattern: str,
+        proof: bool = False,
+        follows: bool = False,
+        anywhere: bool | None = None,
     ) -> None:
         self.cause, self.why, self.pattern = cause, why, re.compile(pattern, re.IGNORECASE | re.MULTILINE)
         self.proof = proof  # of the node's hardware: once is enough to leave it out
         self.follows = follows  # said by a rank that has lost another one: never the first cause while another speaks
-        self.anywhere = cause == "node" or anywhere  # told by the kernel or a GPU, beside the exceptions of Python
+        # Told by the kernel or a GPU, beside the exceptions and errors of the process.
+        self.anywhere = cause == "node" if anywhere is None else anywhere
 
 
 FULL_DISK = "the disk is full"
@@ -113,6 +120,7 @@ RULES = (
         r"initialize NVML|devices? is/are busy or unavailable|system not yet initialized|CUDA unknown error|"
         r"No CUDA GPUs are available|"
         r"CUDA error: (unknown error|hardware stack error)|Found no NVIDIA driver",
+        anywhere=False,  # torch warns in the same words where no GPU is wanted
     ),
     Rule("node", "its network adapter has failed", r"local catastrophic error|NET/IB *: *Got async event[^\n]*port error"),
     Rule("node", "Slurm says that the node has failed", r"DUE TO NODE FAIL"),

@@ -90,6 +90,11 @@ def test_a_crash_of_c_code_needs_not_be_seen_at_the_very_same_step() -> None:
     assert not judge_lives([lives[0], replace(lives[1], step=180)])[1].stop
 
 
+def test_a_warning_is_no_cause() -> None:
+    log = "UserWarning: CUDA initialization: Found no NVIDIA driver on your system.\n" + CRASH.format(1, 1)
+    assert judge(life(end(log=log)), []).cause == "code"
+
+
 def test_words_of_slurm_and_words_like_them() -> None:
     log = "NCCL_TIMEOUT was set\nPREEMPTED is the name of a variable\n"
     assert judge(life(end(code=None, signal=11, log=log)), []).cause == "code"

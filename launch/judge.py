@@ -78,28 +78,49 @@ class Rule:
     """What a text in a log says about the cause."""
 
     def __init__(
-        self, cause: str, why: str, pattern: str, proof: bool = False, follows: bool = False, anywhere: bool = False
+        self,
+        cause: str,
+        why: str,
+        pattern: str,
+        proof: bool = False,
+        follows: bool = False,
+        anywhere: bool | None = None,
     ) -> None:
         self.cause, self.why, self.pattern = cause, why, re.compile(pattern, re.IGNORECASE | re.MULTILINE)
         self.proof = proof  # of the node's hardware: once is enough to leave it out
         self.follows = follows  # said by a rank that has lost another one: never the first cause while another speaks
-        self.anywhere = cause == "node" or anywhere  # told by the kernel or a GPU, beside the exceptions of Python
+        # Told by the kernel or a GPU, beside the exceptions and errors of the process.
+        self.anywhere = cause == "node" if anywhere is None else anywhere
 
+
+FULL_DISK = "the disk is full"
 
 # The first that fits is taken: hardware speaks through whatever call comes next, a file system through whatever is read
 # or written, and both through the errors of those who wait for that rank.
 RULES = (
-    Rule("node", "the GPU reports memory that it cannot correct", r"uncorrectable ECC|double.bit ECC|DRAM.?ECC", True),
-    Rule("node", "the GPU is gone from its bus", r"fallen off the bus|GPU is lost|GPU has fallen", True),
-    Rule("node", "the driver reports a fault of the GPU", r"\bXid\b[^\n]*: (48|6[234]|74|79|9[245]|1[12]\d|14\d)\b", True),
-    Rule("node", "NVLink has failed", r"uncorrectable NVLink|NVLink[^\n]{0,40}(fatal|uncorrectable)", True),
-    Rule("node", "the node reports broken hardware", r"machine check|\bmce: |hardware error|uncorrected (memory )?error", True),
+    Rule(
+        "node",
+        "the GPU reports memory that it cannot correct",
+        r"uncorrectable ECC|double.bit ECC|DRAM.?ECC",
+        proof=True,
+    ),
+    Rule("node", "the GPU is gone from its bus", r"fallen off the bus|GPU is lost|GPU has fallen", proof=True),
+    Rule("node", "the driver reports a fault of the GPU", r"\bXid\b[^\n]*: (48|6[234]|74|79|9[245]|1[12]\d|14\d)\b", proof=True),
+    Rule("node", "NVLink has failed", r"uncorrectable NVLink|NVLink[^\n]{0,40}(fatal|uncorrectable)", proof=True),
+    Rule(
+        "node",
+        "the node reports broken hardware",
+        r"machine check|\bmce: |hardware (error|memory corruption)|uncorrected (memory )?error|\bEDAC\b[^\n]*\bUE\b",
+        proof=True,
+    ),
     Rule(
         "node",
         "the GPU or its driver does not work",
         r"no CUDA-capable device|CUDA driver initialization failed|driver/library version mismatch|nvidia-smi has failed|"
-        r"initialize NVML|devices? is/are busy or unavailable|system not yet initialized|CUDA unknown error|No CUDA GPUs are available|"
+        r"initialize NVML|devices? is/are busy or unavailable|system not yet initialized|CUDA unknown error|"
+        r"No CUDA GPUs are available|"
         r"CUDA error: (unknown error|hardware stack error)|Found no NVIDIA driver",
+        anywhere=False,  # torch warns in the same words where no GPU is wanted
     ),
     Rule("node", "its network adapter has failed", r"local catastrophic error|NET/IB *: *Got async event[^\n]*port error"),
     Rule("node", "Slurm says that the node has failed", r"DUE TO NODE FAIL"),
@@ -115,7 +136,11 @@ RULES = (
         r"insufficient shared memory|No space left on device[^\n]*['\"]?/(dev/shm|tmp|var/tmp|scratch_?local)\b|"
         r"/(dev/shm|tmp)/[^\n]*No space left on device",
     ),
-    Rule("storage", "the disk is full", r"No space left on device|\bENOSPC\b|disk is full|than the disk has free|quota exceeded|\bEDQUOT\b"),
+    Rule(
+        "storage",
+        FULL_DISK,
+        r"No space left on device|\bENOSPC\b|disk is full|than the disk has free|quota exceeded|\bEDQUOT\b",
+    ),
     Rule(
         "storage",
         "the file system does not answer as it should",
@@ -157,7 +182,12 @@ RULES = (
         r"name resolution|Name or service not known|getaddrinfo|gai error|no address associated",
     ),
     Rule("network", "the network does not carry", r"No route to host|Network is unreachable|Network is down"),
-    Rule("network", "a transfer over the fabric failed", r"NET/(IB|OFI)[^\n]*(completion|error|fail)|ibv_\w+[^\n]*fail|IBV_WC", follows=True),
+    Rule(
+        "network",
+        "a transfer over the fabric failed",
+        r"NET/(IB|OFI)[^\n]*(completion|error|fail)|ibv_\w+[^\n]*fail|IBV_WC",
+        follows=True,
+    ),
     Rule(
         "network",
         "another rank did not answer",
@@ -175,8 +205,6 @@ RULES = (
         follows=True,
     ),
 )  # fmt: skip
-FULL_DISK = "the disk is full"
-
 # What a signal says where the log says nothing.
 SIGNALS = {
     signal.SIGKILL: ("node", "killed by SIGKILL: the kernel does that when the node's memory is short"),
@@ -186,12 +214,14 @@ SIGNALS = {
     signal.SIGABRT: ("code", "ended by SIGABRT: C code gave up"),
     signal.SIGFPE: ("code", "ended by SIGFPE: an impossible division, in C code"),
 }
+CRASH_SIGNALS = re.compile(r"ended by SIG(SEGV|ABRT|FPE|BUS|ILL)")
+NEAR_STEPS = 10
 ENDINGS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # sent by those who end a job
 NOTICES = {"time_limit": "time_limit", "preemption": "preemption", "cancel": "stopped", "stop_file": "stopped"}
 SLURM_ENDS = (
-    ("time_limit", re.compile(r"DUE TO TIME LIMIT|TIMEOUT")),
-    ("preemption", re.compile(r"DUE TO PREEMPTION|PREEMPTED")),
-    ("stopped", re.compile(r"(STEP|JOB) \S+ ON \S+ CANCELLED AT")),
+    ("time_limit", re.compile(r"CANCELLED AT \S+ DUE TO TIME LIMIT")),
+    ("preemption", re.compile(r"CANCELLED AT \S+ DUE TO PREEMPTION")),
+    ("stopped", re.compile(r"(STEP|JOB) \S+ ON \S+ CANCELLED AT \S+ \*\*\*")),
 )
 HEADER = re.compile(r"^=== life \d+ .*===$", re.MULTILINE)
 PREFIX = re.compile(r"^(\[rank\d+\]: ?|\d{1,5}: |\[\d+\] )")  # of torch, of srun --label, of some launchers
@@ -356,9 +386,7 @@ def judge_hang(hang: Mapping[str, Any]) -> tuple[str, str]:
     elif "another collective" in told:
         cause = "code"
     elif "did not arrive" in told:
-        cause = (
-            "node"  # its GPU or its processors are stuck; if it is the code, the next node shows it at the same step
-        )
+        cause = "node"  # its GPU or processors are stuck; if it is the code, another node shows it at the same step
     return cause, f"nothing moved any more: rank {hang.get('rank')} on {hang.get('host')} {told}"
 
 
@@ -372,7 +400,7 @@ def read_failure(end: RankEnd) -> Failure | None:
     if was_ended(end):
         return None
     said = read_log(end.log_tail)
-    if end.exit_code == EXIT_RESTART:
+    if end.exit_code == EXIT_RESTART and not (said.rule and said.rule.proof):
         return Failure(end, said, "network", "it has lost the others", follows=True)
     if end.exit_code == EXIT_GIVE_UP:
         cause = "data" if said.rule and said.rule.cause == "data" else "code"
@@ -503,7 +531,7 @@ def compare_with_history(verdict: Verdict, history: Sequence[Verdict], max_same:
     what = verdict.signature.partition(": ")[2]
     same = [
         old for old in history
-        if old.signature.partition(": ")[2] == what and old.step == verdict.step and old.cause not in NOTICES.values()
+        if old.signature.partition(": ")[2] == what and same_step(old, verdict) and old.cause not in NOTICES.values()
     ]  # fmt: skip
     lives = len(same) + 1
     at = f"at step {verdict.step}" if verdict.step is not None else "before the first step"
@@ -531,6 +559,16 @@ def compare_with_history(verdict: Verdict, history: Sequence[Verdict], max_same:
     return verdict
 
 
+def same_step(old: Verdict, new: Verdict) -> bool:
+    """Whether two lives with the same failure ended at the same step.
+
+    A trainer that dies of a signal of the processor cannot say where it was; its last sign of life is up to a second old.
+    """
+    if old.step is None or new.step is None:
+        return old.step == new.step
+    return abs(old.step - new.step) <= (NEAR_STEPS if CRASH_SIGNALS.search(new.signature) else 0)
+
+
 def count_stuck(verdicts: Sequence[Verdict]) -> int:
     """How many of the last lives ended no further than one before them had."""
     best, stuck = -1, 0
@@ -548,14 +586,20 @@ def verdict_facts(verdict: Verdict) -> dict[str, Any]:
 
 
 def recall_verdicts(events: Iterable[Mapping[str, Any]]) -> list[Verdict]:
-    """The verdicts among a run's events, in order: what `judge` takes as history, over all jobs of the run."""
+    """The verdicts among a run's events, in order: what `judge` takes as history, over all jobs of the run.
+
+    Where a verdict has stopped the run and it was submitted again, somebody has mended something: what came before is no
+    measure for what comes now.
+    """
     names = {field.name for field in fields(Verdict)}
     empty = {"node": None, "reason": "", "excerpt": "", "signature": "", "step": None, "life": 0, "stop": False}
-    return [
-        Verdict(**{**empty, **{name: event[name] for name in names if name in event}})
-        for event in events
-        if event.get("event") == "verdict" and event.get("cause") in CAUSES
-    ]
+    found: list[Verdict] = []
+    for event in events:
+        if event.get("event") in ("submitted", "job_start") and found and found[-1].stop:
+            found.clear()
+        if event.get("event") == "verdict" and event.get("cause") in CAUSES:
+            found.append(Verdict(**{**empty, **{name: event[name] for name in names if name in event}}))
+    return found
 
 
 def load_bad_nodes(path: str | Path) -> dict[str, list[dict[str, Any]]]:

@@ -45,7 +45,8 @@ class Span:
 class Life:
     """What the events say of one life."""
 
-    number: int
+    number: int  # from 0, over all jobs
+    name: str  # as the events and logs call it
     job: str
     began_s: float
     nodes: list[str] = field(default_factory=list)
@@ -213,7 +214,8 @@ class _Booker:
             self.at_s, self.phase = time_s, "start"
         self.pass_time(self.phase, time_s)
         job = self.jobs[-1] if self.jobs else str(event.get("job"))
-        self.lives.append(Life(len(self.lives), job, time_s, list(event.get("nodes", []))))
+        number = len(self.lives)
+        self.lives.append(Life(number, str(event.get("life", number)), job, time_s, list(event.get("nodes", []))))
 
     def on_training(self, event: Mapping[str, Any], time_s: float) -> None:
         if self.phase in ("start", "restart"):

@@ -25,10 +25,13 @@ from typing import Any
 from data_tools.errors import UserError
 
 PROBE_S = 25.0  # for the facts of all nodes
+LATE_S = 15.0  # more, for those that did not answer
 LINK_S = 25.0  # for a group's links
 AGAIN_S = 10.0  # for one pair's
 ALL_PAIRS_NODES = 16  # of up to so many nodes all pairs are measured; of more, so many partners of each
-LINK_SHARE = 0.4  # of the middle: a link that carries less is slow
+# Of the middle: a link that carries less is slow. Where processors move the data, other work disturbs it.
+LINK_SHARES = {"sockets": 1 / 3, "gloo": 1 / 3, "nccl": 0.6}
+PLAINLY_SLOW = 0.2
 PROCESSOR_SHARE = 0.5
 MEMORY_SHARE = 0.5
 WRITE_SHARE = 0.1  # storage that is shared varies much
@@ -88,6 +91,9 @@ def examine(
         write_token(Path(folder), token, found)
     try:
         answers = run_on_nodes(nodes, node_command, left_s(PROBE_S))
+        late = [node for node in nodes if answers[node][0] is None]
+        if late and 2 * len(late) < len(nodes):  # what has to be read from a cold file system is there the second time
+            answers = {**answers, **run_on_nodes(late, node_command, left_s(LATE_S))}
         found.facts = read_answers(answers, found)
         suspects = compare_nodes(found.facts, token if folder is not None else None)
         if suspects.rates:  # a rate may be low because of other work: ask those again, and take the better
@@ -258,7 +264,7 @@ def measure_links(
     if len(nodes) > ALL_PAIRS_NODES:
         command += ["--rounds", str(ALL_PAIRS_NODES - 1)]
     clocks: dict[str, float] = {}
-    measure_group(run_on_nodes, nodes, command, found.rates, clocks, left_s)
+    backend = measure_group(run_on_nodes, nodes, command, found.rates, clocks, left_s)
     silent = find_silent(nodes, found.rates)
     good = [node for node in nodes if node not in silent]
     for node in silent if good else []:  # with one that works each has another chance
@@ -276,7 +282,7 @@ def measure_links(
     nodes = [node for node in nodes if node not in silent]
     found.rates = {pair: rate for pair, rate in found.rates.items() if not set(pair) & set(silent)}
     middle = reference(found.rates)  # of the first time: alone, a pair may do better than all could together
-    limit = LINK_SHARE * middle
+    limit = LINK_SHARES[backend] * middle
     if any(explain_rates(found.rates, limit)) and left_s(AGAIN_S) >= 3:
         measure_group(run_on_nodes, nodes, command, found.rates, clocks, left_s)
     tried: set[tuple[str, str]] = set()  # alone; what was slow there, too, is slow
@@ -317,10 +323,11 @@ def measure_group(
     clocks: dict[str, float],
     left_s: Callable[[float], float],
     most_s: float = LINK_S,
-) -> None:
+) -> str:
     """Measure the pairs of a group, and add what was found to `rates` (the better of several) and `clocks`.
 
-    Where it fails as a whole, its halves are tried: so one node that breaks a group is found among many.
+    Where it fails as a whole, its halves are tried: so one node that breaks a group is found among many. Returns what has
+    moved the data.
     """
     answers = {node: read_json_line(text) for node, (_, text) in run_on_nodes(nodes, command, left_s(most_s)).items()}
     answered = {node: said for node, said in answers.items() if said is not None}
@@ -343,15 +350,20 @@ def measure_group(
         for part in (nodes[:half], nodes[half:]):
             if len(part) > 1:
                 measure_group(run_on_nodes, part, command, rates, clocks, left_s, most_s)
+    return next((said["backend"] for said in answered.values() if said.get("backend") in LINK_SHARES), "sockets")
 
 
 def reference(rates: Mapping[tuple[str, str], float | None]) -> float:
-    """What a good link carries: the middle of the nodes' best links, for a bad node makes all of its links bad."""
+    """What a good link carries: the middle of all that are not plainly slow. A bad node makes all of its links bad, so what is
+    plainly slow is told by the middle of the nodes' best links."""
     best: dict[str, float] = {}
     for pair, rate in rates.items():
         for node in pair:
             best[node] = max(best.get(node, 0.0), rate or 0.0)
-    return statistics.median_high(best.values()) if best else 0.0
+    if not best:
+        return 0.0
+    usual = statistics.median_high(best.values())
+    return statistics.median(rate for rate in rates.values() if rate and rate >= PLAINLY_SLOW * usual)
 
 
 def explain_rates(

@@ -3,11 +3,10 @@
 import html
 import math
 import time
-from collections.abc import Sequence
 
 from data_tools.errors import UserError
 from data_tools.files import write_atomic
-from launch.ledger import KINDS, Ledger, Life, Span, read_ledger
+from launch.ledger import KINDS, Ledger, Life, read_ledger
 
 WIDTH = 80
 SIGNS = {"queue": ".", "start": "s", "productive": "#", "checkpoint": "c", "lost": "x", "detect": "?", "restart": "r"}
@@ -63,7 +62,7 @@ def render_text(folder: str, ledger: Ledger) -> str:
     failed = sum(int(entry["failures"]) for entry in ledger.causes().values())
     lines = [
         clip(f"run         {folder}"),
-        f"wall time   {span_text(total_s)} in {len(set(ledger.jobs)) or 1} jobs, {len(ledger.lives)} lives, {failed} failures",
+        f"wall time   {span_text(total_s)}: jobs {len(set(ledger.jobs)) or 1}, lives {len(ledger.lives)}, failures {failed}",
         f"goodput     {ledger.goodput:.1%} of the time in which there were nodes",
         "",
         "where the time went",
@@ -93,9 +92,7 @@ def render_text(folder: str, ledger: Ledger) -> str:
             span.seconds for span in ledger.spans if span.life == life.number and span.kind in ("productive", "lost")
         )
         began = f"+{span_text(life.began_s - origin_s)}"
-        lines.append(
-            clip(f"  {life.number:>4}  {began:<9} {span_text(seconds):<9} {steps_of(life):<15} {end_of(life)}")
-        )
+        lines.append(clip(f"  {life.name:>4}  {began:<9} {span_text(seconds):<9} {steps_of(life):<15} {end_of(life)}"))
     last = next((life for life in reversed(ledger.lives) if life.verdict), None)
     if ledger.ended is not None:
         lines += ["", clip(f"ended       {ledger.ended.get('reason') or 'exit code ' + str(ledger.ended.get('code'))}")]
@@ -204,8 +201,10 @@ def render_life(life: Life, origin_s: float) -> str:
     then = (life.repair or {}).get("action", "")
     row = '<tr class="bad">' if bad else "<tr>"
     return row + (
-        f'<td class="n">{life.number}</td><td>{html.escape(life.job)}</td><td class="n">+{span_text(life.began_s - origin_s)}</td>'
-        f"<td>{html.escape(nodes)}</td><td>{steps_of(life)}</td><td>{html.escape(end_of(life))}</td><td>{html.escape(then)}</td></tr>"
+        f'<td class="n">{html.escape(life.name)}</td><td>{html.escape(life.job)}</td>'
+        f'<td class="n">+{span_text(life.began_s - origin_s)}</td>'
+        f"<td>{html.escape(nodes)}</td><td>{steps_of(life)}</td><td>{html.escape(end_of(life))}</td>"
+        f"<td>{html.escape(then)}</td></tr>"
     )
 
 
@@ -217,7 +216,7 @@ def render_svg(ledger: Ledger) -> str:
     total_s = max(end_s - begin_s, 1e-9)
     left, width, right = 70, 1000, 10
     rows = min(8, max(1, math.ceil(len(ledger.spans) / 60)))
-    parts = [draw_band(ledger.spans, begin_s, total_s, left, 34, width, 26)]
+    parts = [draw_band(ledger, begin_s, total_s, left, 34, width, 26)]
     for life in ledger.lives:
         for fault in life.faults:
             x = left + width * (min(max(fault["time"], begin_s), end_s) - begin_s) / total_s
@@ -230,7 +229,7 @@ def render_svg(ledger: Ledger) -> str:
     if rows > 1:
         for row in range(rows):
             from_s, row_s = begin_s + row * total_s / rows, total_s / rows
-            parts.append(draw_band(ledger.spans, from_s, row_s, left, y, width, 16))
+            parts.append(draw_band(ledger, from_s, row_s, left, y, width, 16))
             parts.append(f'<text x="{left - 8}" y="{y + 12}" text-anchor="end">+{span_text(from_s - begin_s)}</text>')
             y += 22
     x = left
@@ -245,17 +244,20 @@ def render_svg(ledger: Ledger) -> str:
     )
 
 
-def draw_band(spans: Sequence[Span], from_s: float, length_s: float, left: int, y: int, width: int, height: int) -> str:
+def draw_band(ledger: Ledger, from_s: float, length_s: float, left: int, y: int, width: int, height: int) -> str:
     parts = [f'<rect x="{left}" y="{y}" width="{width}" height="{height}" fill="#f4f4f4"/>']
-    for span in spans:
+    for span in ledger.spans:
         begin_s, end_s = max(span.begin_s, from_s), min(span.end_s, from_s + length_s)
         if end_s <= begin_s:
             continue
         x = left + width * (begin_s - from_s) / length_s
         wide = max(0.4, width * (end_s - begin_s) / length_s)
-        told = f"{span.kind}, {span_text(span.seconds)}" + (f", life {span.life}" if span.life >= 0 else "")
+        told = f"{span.kind}, {span_text(span.seconds)}" + (
+            f", life {ledger.lives[span.life].name}" if span.life >= 0 else ""
+        )
         parts.append(
-            f'<rect x="{x:.2f}" y="{y}" width="{wide:.2f}" height="{height}" fill="{COLOURS[span.kind]}"><title>{told}</title></rect>'
+            f'<rect x="{x:.2f}" y="{y}" width="{wide:.2f}" height="{height}" fill="{COLOURS[span.kind]}">'
+            f"<title>{told}</title></rect>"
         )
     return "".join(parts)
 

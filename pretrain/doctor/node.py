@@ -210,12 +210,12 @@ def try_gpus(problems: list[str]) -> list[float]:
     for index in range(torch.cuda.device_count()):
         try:
             device = torch.device("cuda", index)
-            # Small whole numbers: every product and sum of 256 of them is exact in bf16 inputs and fp32 sums.
-            left = torch.randint(-3, 4, (size, 256), device=device).to(torch.bfloat16)
-            right = torch.randint(-3, 4, (256, size), device=device).to(torch.bfloat16)
+            # Ones, zeros and minus ones: their products and sums, at most 256, are exact in bf16.
+            left = torch.randint(-1, 2, (size, 256), device=device, dtype=torch.bfloat16)
+            right = torch.randint(-1, 2, (256, size), device=device, dtype=torch.bfloat16)
             rows = slice(0, 64)
-            expected = left[rows].float().cpu() @ right.float().cpu()
-            if not torch.equal((left[rows].float() @ right.float()).cpu(), expected):
+            expected = left[rows].cpu().double() @ right.cpu().double()
+            if not torch.equal((left @ right)[rows].cpu().double(), expected):
                 problems.append(f"GPU {index} computes wrong products")
             square = torch.ones(size, size, device=device, dtype=torch.bfloat16)
             best_s, deadline_s = float("inf"), time.monotonic() + MATMUL_S

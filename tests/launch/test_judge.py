@@ -84,6 +84,26 @@ def test_a_crash_at_another_step_is_tried_again() -> None:
     assert not judge_lives([life(end(log=CRASH.format(3, 1))), life(end(log=CRASH.format(3, 1)), step=8)])[1].stop
 
 
+def test_a_crash_of_c_code_needs_not_be_seen_at_the_very_same_step() -> None:
+    lives = [life(end(0, None, signal=11), end(1, **RUNS_ON), step=step) for step in (120, 126)]
+    assert judge_lives(lives)[1].stop
+    assert not judge_lives([lives[0], replace(lives[1], step=180)])[1].stop
+
+
+def test_a_warning_is_no_cause() -> None:
+    log = "UserWarning: CUDA initialization: Found no NVIDIA driver on your system.\n" + CRASH.format(1, 1)
+    assert judge(life(end(log=log)), []).cause == "code"
+
+
+def test_words_of_slurm_and_words_like_them() -> None:
+    log = "NCCL_TIMEOUT was set\nPREEMPTED is the name of a variable\n"
+    assert judge(life(end(code=None, signal=11, log=log)), []).cause == "code"
+    ended = "slurmstepd: error: *** STEP 7.0 ON node1 CANCELLED AT 2026-01-05T10:11:12 {}***\n"
+    for words, cause in (("", "stopped"), ("DUE TO TIME LIMIT ", "time_limit"), ("DUE TO NODE FAILURE ", "node")):
+        number = 9 if cause == "node" else 15
+        assert judge(life(end(code=None, signal=number, log=ended.format(words))), []).cause == cause
+
+
 def test_a_kill_at_the_same_step_on_two_nodes_is_the_code() -> None:
     kill = dict(code=None, signal=9)
     verdict = judge_lives([life(end(0, **kill), end(1, **RUNS_ON)), life(end(0, **RUNS_ON), end(1, **kill))])[1]
@@ -161,6 +181,10 @@ def test_verdicts_survive_in_the_events_of_a_run() -> None:
         json.loads(json.dumps({"event": "verdict", "time": 1.0, **verdict_facts(verdict)})),
     ]
     assert recall_verdicts(events) == [verdict]
+    again = [*events, {"event": "job_start"}, *events[1:]]
+    assert recall_verdicts(again) == [verdict, verdict]
+    events[1]["stop"] = True
+    assert len(recall_verdicts([*events, {"event": "submitted"}, *again[-1:]])) == 1, "somebody has mended something"
 
 
 def test_bad_nodes_are_remembered_by_many_at_once(tmp_path: Path) -> None:

@@ -63,10 +63,13 @@ def test_a_failing_rank_ends_the_job_with_its_exit_code(cluster, tmp_path):
     assert re.search(r"^node2:3 \| === life 1 node2 rank 3 ", logs, re.MULTILINE), logs
 
 
-def test_the_time_limit_becomes_a_save_and_the_job_is_queued_again(cluster, tmp_path):
-    job = cluster.submit(
-        tmp_path, "train", time_limit_min=2, save_before_end_s=59
-    )  # Slurm gives notice in the first 31 s
+@pytest.mark.parametrize("limit", ["signal", pytest.param("time limit", marks=pytest.mark.faults)])
+def test_the_time_limit_becomes_a_save_and_the_job_is_queued_again(cluster, tmp_path, limit):
+    # Slurm gives notice within the first minute of two, or sooner what it gives then.
+    job = cluster.submit(tmp_path, "train", time_limit_min=2, save_before_end_s=59)
+    if limit == "signal":
+        job.wait_until_ready()
+        cluster.run("scancel", "--signal=USR1", "--batch", job.id)
     job.wait_for_end("COMPLETED", "FAILED")
     assert job.facts() == ("COMPLETED", "0:0", 1), job.story()
     assert job.rank_logs().count("saved\n") == job.rank_logs().count("resumed, finished") == 4, (

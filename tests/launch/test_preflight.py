@@ -1,6 +1,7 @@
 """Preflight: what it makes of facts and rates, real exchanges on this machine, and sick nodes and slow cables of a cluster."""
 
 import json
+import multiprocessing
 import os
 import random
 import socket
@@ -9,11 +10,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cluster import ROOT, Cluster
 
-from launch.preflight import LINK_SHARE, compare_nodes, examine, explain_rates, reference, run_here
+from launch.preflight import LINK_SHARES, compare_nodes, examine, explain_rates, reference, run_here
 from pretrain.doctor.link import count_rounds, pair_up
 from pretrain.doctor.node import examine_node
 
@@ -78,7 +80,7 @@ def draw_rates(count: int, seed: int, slow_nodes=(), slow_pairs=()) -> dict[tupl
 @pytest.mark.parametrize("seed", range(20))
 def test_a_slow_node_is_told_from_a_slow_link(seed: int) -> None:
     def explain(rates):
-        return explain_rates(rates, LINK_SHARE * reference(rates))
+        return explain_rates(rates, LINK_SHARES["sockets"] * reference(rates))
 
     for count in (3, 4, 8, 16):
         assert explain(draw_rates(count, seed)) == ([], [])
@@ -124,6 +126,14 @@ def test_a_node_that_breaks_the_group_is_found_by_halves(tmp_path: Path) -> None
     assert broken.bad == {} and "no two nodes" in broken.everywhere[0]
     mute = examine(lambda nodes, command, timeout_s: dict.fromkeys(nodes, (1, "no module")), names, None, [], tmp_path)
     assert mute.bad == {} and "no module" in mute.everywhere[0], "nobody loses all nodes to a broken question"
+    calls = []
+
+    def answer_late(asked: list[str], command: list[str], timeout_s: float):
+        calls.append(asked)
+        found = Nodes(names).run_on_nodes(asked, command, timeout_s)
+        return {**found, "node6": (None, "")} if len(calls) == 1 else found
+
+    assert examine(answer_late, names, None, [], tmp_path).bad == {} and calls[1] == ["node6"]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -148,17 +158,37 @@ def test_a_node_looks_at_itself(tmp_path: Path, shards: Path, monkeypatch: pytes
     assert any("3 uncorrected memory errors" in text for text in problems)
 
 
-@pytest.mark.parametrize("backend", ["sockets", "gloo"])
-def test_processes_of_this_machine_exchange_data(backend: str) -> None:
-    names = ["a", "b", "c"] if backend == "sockets" else ["a", "b"]
-    command = [sys.executable, "-m", "pretrain", "doctor", "link", "--backend", backend, "--seconds", "0.2"]
-    found = run_here(names, command, 60)
+def test_processes_of_this_machine_exchange_data() -> None:
+    names = ["a", "b", "c"]
+    found = run_here(names, [sys.executable, "-m", "pretrain", "doctor", "link", "--seconds", "0.2"], 60)
     for rank, name in enumerate(names):
         code, text = found[name]
         said = json.loads(text.splitlines()[-1])
         assert code == 0 and set(said["mb_s"]) == {str(other) for other in range(len(names)) if other != rank}, text
-        assert all(rate > 1 for rate in said["mb_s"].values())
-        assert backend != "sockets" or abs(said["offset_s"]) < 0.5
+        assert all(rate > 1 for rate in said["mb_s"].values()) and abs(said["offset_s"]) < 0.5
+
+
+def measure_by_gloo(rank: int, count: int, port: int, queue: Any) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    from pretrain.doctor.link import measure_by_torch
+
+    queue.put((rank, measure_by_torch(rank, count, ("127.0.0.1", port), count_rounds(count), 0.2, "gloo")))
+
+
+def test_the_library_of_training_measures_too() -> None:
+    """By gloo, with the code that drives NCCL where there are GPUs."""
+    context = multiprocessing.get_context("forkserver")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    queue = context.Queue()
+    processes = [context.Process(target=measure_by_gloo, args=(rank, 3, port, queue)) for rank in range(3)]
+    for process in processes:
+        process.start()
+    found = dict(queue.get(timeout=120) for _ in processes)
+    for process in processes:
+        process.join(timeout=30)
+    assert {rank: set(facts["mb_s"]) for rank, facts in found.items()} == {0: {"1", "2"}, 1: {"0", "2"}, 2: {"0", "1"}}
+    assert all(rate > 1 for facts in found.values() for rate in facts["mb_s"].values())
 
 
 def test_a_node_that_does_not_come_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,9 +224,10 @@ def make_sick(cluster: Cluster, node: str) -> None:
 def slow_link(cluster: Cluster, node: str, peer: int, rate: str) -> None:
     """Only what `node` sends to one other is slow."""
     for words in (
-        "qdisc add dev eth0 root handle 1: prio bands 4 priomap 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0",
-        f"qdisc add dev eth0 parent 1:4 tbf rate {rate} burst 64kb latency 200ms",
-        f"filter add dev eth0 parent 1: protocol ip u32 match ip dst 10.77.0.{10 + peer}/32 flowid 1:4",
+        "qdisc add dev eth0 root handle 1: htb default 10",
+        "class add dev eth0 parent 1: classid 1:10 htb rate 40gbit",
+        f"class add dev eth0 parent 1: classid 1:20 htb rate {rate} burst 64kb",
+        f"filter add dev eth0 parent 1: protocol ip u32 match ip dst 10.77.0.{10 + peer}/32 flowid 1:20",
     ):
         cluster.lab("exec", "-n", node, "tc", *words.split())
 
@@ -229,21 +260,27 @@ def test_a_sick_node_and_a_slow_one_are_named(tmp_path: Path) -> None:
 
 @pytest.mark.slurm
 @pytest.mark.faults
-def test_eight_nodes_with_a_slow_link_and_a_sick_node_and_twenty_clean_runs(tmp_path: Path) -> None:
+def test_twenty_clean_runs_accuse_nobody(tmp_path: Path) -> None:
     with Cluster.up(tmp_path, 8, "--gpus", "0", "--cpus", "8") as cluster:
         times = []
         for _ in range(20):
             code, text, took_s = run_preflight(cluster, tmp_path / "job", 8)
             assert code == 0 and named_bad(text) == set(), text
             times.append(took_s)
+    print(f"20 clean runs: median {statistics.median(times):.1f} s, longest {max(times):.1f} s")
+
+
+@pytest.mark.slurm
+@pytest.mark.faults
+def test_eight_nodes_with_a_slow_link_and_a_sick_node(tmp_path: Path) -> None:
+    with Cluster.up(tmp_path, 8, "--gpus", "0", "--cpus", "8") as cluster:
         slow_link(cluster, "node4", 7, "20mbit")
         make_sick(cluster, "node2")
         code, text, took_s = run_preflight(cluster, tmp_path / "job", 8)
         assert code == 1 and named_bad(text) == {"node2", "node7"}, text
         assert "the link node4 - node7 carries" in text and took_s < 60
+        print(f"{text}\n{took_s:.1f} s")
         cluster.lab("slow", "node6", "20mbit")
         code, text, took_s = run_preflight(cluster, tmp_path / "job", 8)
-        assert named_bad(text) >= {"node2", "node6"} and took_s < 60, text
-        print(
-            f"20 clean runs: median {statistics.median(times):.1f} s, longest {max(times):.1f} s; with faults {took_s:.1f} s"
-        )
+        assert named_bad(text) == {"node2", "node6", "node7"} and took_s < 60, text
+        print(f"{text}\n{took_s:.1f} s")

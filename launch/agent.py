@@ -412,7 +412,7 @@ class Agent:
 
     def misses(self, node: str, order: dict[str, Any]) -> bool:
         """Whether a node says that it does not hear the leader either."""
-        return node == self.node or self.heart.heard().get(node, {}).get("misses") == order["leader"]
+        return node == self.node or self.heart.last_said(node).get("misses") == order["leader"]
 
     def doubt_long(self) -> bool:
         """Whether who claimed the succession before has had time to make itself heard."""

@@ -216,7 +216,7 @@ class Leader:
         return future
 
     def says(self, node: str) -> dict[str, Any]:
-        return self.own if node == self.node else self.heart.heard().get(node, {})
+        return self.own if node == self.node else self.heart.last_said(node)
 
     def spares(self) -> list[str]:
         return [node for node in self.members if node not in self.active and node not in self.excluded]
@@ -237,8 +237,8 @@ class Leader:
                 self.lose(node, kind)
         if not self.leads:
             return
-        for node in self.heart.heard():
-            if node in self.allocation and node not in self.members and self.heart.silence_s(node) < silent_s / 2:
+        for node in set(self.allocation).difference(self.members):
+            if self.heart.last_said(node) and self.heart.silence_s(node) < silent_s / 2:
                 if self.heart.answer(node) != REFUSES:
                     self.welcome(node)
 

@@ -3,14 +3,7 @@
 python -m pretrain train configs/demo.yaml [key=value ...]
 """
 
-import importlib.metadata
 import logging
-import platform
-import shlex
-import shutil
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,11 +12,10 @@ import pydantic
 import torch
 
 from data_tools.errors import UserError
-from data_tools.files import write_atomic, write_json_atomic
-from pretrain import __version__, checkpoint
+from pretrain import checkpoint
 from pretrain.accumulate import BadSteps, compute_gradients
 from pretrain.checkpoint import CheckpointConfig, Saver
-from pretrain.config import ConfigError, ConfigModel, load_config, render_config
+from pretrain.config import ConfigError, ConfigModel, load_config
 from pretrain.contract import Batch, TeacherOutput
 from pretrain.data.loader import DataConfig, Loader, open_loader
 from pretrain.data.text import Tokenizer, build_tokenizer
@@ -45,6 +37,7 @@ from pretrain.metrics import Clock, Metrics, peak_memory_gib
 from pretrain.model.model import ModelConfig, build_model
 from pretrain.model.warm_start import warm_start
 from pretrain.momentum import Momentum
+from pretrain.provenance import describe_run, versions
 from pretrain.randomness import seed_torch
 from pretrain.signals import EXIT_RESTART
 from pretrain.spikes import GiveUp, SpikesConfig
@@ -169,7 +162,7 @@ def train_steps(config: RunConfig, life: Life, world: World) -> int:
     del extra  # as large as the towers
     steps = config.train.steps(loader.supply.epoch_samples)
     if world.is_main:
-        describe_run(config)
+        describe_run(config.run, config)
         samples = "a stream" if loader.supply.epoch_samples is None else f"{loader.supply.epoch_samples:,} samples"
         log.info("%s: %s, %s, step %d of %d", config.run, size_of(engine), samples, step, steps)
 
@@ -354,37 +347,6 @@ def run_state(config: RunConfig, loader: Loader, life: Life, step: int, world: W
         "config": config.model_dump(),
         "versions": versions(),
     }
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on, and the code's git revision where there is one."""
-    found = {
-        name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "transformers", "open_clip_torch")
-    }
-    return found | {
-        "python": platform.python_version(),
-        "pretrain": __version__,
-        "code_revision": git("rev-parse", "HEAD").strip(),
-    }
-
-
-def git(*arguments: str) -> str:
-    """What git says of this package's code; "" where it is installed without."""
-    if not shutil.which("git"):
-        return ""
-    command = ["git", "-C", str(Path(__file__).parent), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
-
-
-def describe_run(config: RunConfig) -> None:
-    """Leave in the run folder what is needed to understand and repeat it."""
-    run = Path(config.run)
-    run.mkdir(parents=True, exist_ok=True)
-    write_atomic(run / "config.yaml", render_config(config).encode())
-    with open(run / "commands.txt", "a", encoding="utf-8") as file:
-        file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S %z')} {shlex.join(sys.argv)}\n")
-    write_json_atomic(run / "versions.json", versions())
-    write_atomic(run / "code.patch", git("diff", "HEAD", "--", ".").encode())
 
 
 def load_run_config(run: str | Path) -> RunConfig:

@@ -83,6 +83,13 @@ def test_a_run_explains_itself(whole_run: Path) -> None:
     assert "--ranks" not in (whole_run / "config.yaml").read_text()
     assert "pretrain" in (whole_run / "commands.txt").read_text()
     assert "torch" in json.loads((whole_run / "versions.json").read_text())
+    (code,) = whole_run.glob("code-*.zip")
+    assert code.name in (whole_run / "commands.txt").read_text()
+    places = "import data_tools.files, pretrain.config; print(data_tools.files.__file__, pretrain.config.__file__)"
+    command = [sys.executable, "-c", places]
+    environment = {**os.environ, "PYTHONPATH": str(code)}
+    found = subprocess.run(command, cwd=whole_run, env=environment, capture_output=True, text=True)
+    assert found.stdout.count(str(code)) == 2, found.stderr
     assert list((whole_run / "tensorboard").glob("events*"))
     names = [path.name for path in sorted((whole_run / "checkpoints").iterdir())]
     assert names == ["step_00000006", "step_00000008"]  # each third step and the last; the two newest are kept

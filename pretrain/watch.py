@@ -28,6 +28,10 @@ from pretrain.world import World
 POLL_S = 0.25
 PROGRESS_S = 1.0
 ANSWER_S = 4.0  # for the other ranks to write their stacks
+# A file system is shared by all ranks: with more than these, each writes and looks less often, but for rank 0, whose sign of
+# life tells where the run was, and often enough to answer in time.
+RANKS_A_SECOND = 100
+MOST_PROGRESS_S, MOST_LOOK_S = 10.0, 2.0
 PACKAGE = str(Path(__file__).parent) + os.sep
 # Code that waits for other ranks. torch's own files call into it from everywhere else.
 COLLECTIVES = (f"{os.sep}torch{os.sep}distributed{os.sep}", f"{os.sep}deepspeed{os.sep}comm{os.sep}")
@@ -65,6 +69,9 @@ class Watch:
         self.phase, self.step, self.since_s, self.since_time = "start", 0, time.monotonic(), time.time()
         self.step_s: deque[float] = deque(maxlen=101)  # the last steps' times
         self.last_step_s: float | None = None
+        share = world.size / RANKS_A_SECOND
+        self.progress_s = PROGRESS_S if world.is_main else min(MOST_PROGRESS_S, max(PROGRESS_S, share))
+        self.look_s = min(MOST_LOOK_S, max(POLL_S, share / 4))
         self.closed = threading.Event()
         self.thread = threading.Thread(target=self.watch, name="watch", daemon=True)
 
@@ -98,15 +105,19 @@ class Watch:
         return max(self.config.least_s, self.config.factor * statistics.median(self.step_s))
 
     def watch(self) -> None:
-        written_s = -PROGRESS_S
+        written_s = looked_s = float("-inf")
         while not self.closed.wait(POLL_S):
             now_s = time.monotonic()
-            if now_s - written_s >= PROGRESS_S:
+            if now_s - written_s >= self.progress_s:
                 written_s = now_s
                 self.leave_if_taken()
                 self.write_progress()
-            if now_s - self.since_s > self.limit_s() or self.reports().exists():
+            if now_s - self.since_s > self.limit_s():
                 self.end()
+            if now_s - looked_s >= self.look_s:
+                looked_s = now_s
+                if self.reports().exists():
+                    self.end()
 
     def leave_if_taken(self) -> None:
         """End the process where another life has the folder: this one was frozen or cut off, and its ranks are gone."""

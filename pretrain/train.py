@@ -32,6 +32,7 @@ from pretrain.engine import (
     EngineConfig,
     apply_gradients,
     build_engine,
+    can_lower_loss_scale,
     drop_gradients,
     import_deepspeed,
     learning_rate,
@@ -171,7 +172,7 @@ def train_steps(config: RunConfig, life: Life, world: World) -> int:
 
     clock = Clock()
     metrics = Metrics(config.run, step, steps, enabled=world.is_main)
-    bad_steps = BadSteps(config.train.max_bad_steps, config.engine.precision, world)
+    bad_steps = BadSteps(config.train.max_bad_steps, world)
     saver = Saver(engine, config.run, config.checkpoint, world, life.saved)
     batches = iter(loader)
     life.start(step, steps, newest)
@@ -203,12 +204,13 @@ def train_steps(config: RunConfig, life: Life, world: World) -> int:
                     drop_gradients(engine)
                     life.skip(step + 1, spike, all_keys(batch, world))
                 else:
+                    scale_could_fall = can_lower_loss_scale(engine)
                     applied = apply_gradients(engine)
                     if momentum and applied:
                         momentum.follow(output.momentum, step)
                     if ema and applied:
                         ema.follow()
-                    bad_keys = bad_steps.check(step + 1, applied, batch, losses, output)
+                    bad_keys = bad_steps.check(step + 1, applied, batch, losses, output, scale_could_fall)
                     if bad_keys is not None:
                         life.skip(step + 1, "loss or gradients not finite", bad_keys)
             step += 1

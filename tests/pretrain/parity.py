@@ -388,7 +388,7 @@ def train_losses(world: World, runs: list[Run], steps: int, case: Case) -> list[
             if momentum and applied:
                 momentum.follow(output.momentum, step)
             try:
-                BadSteps(1, run.precision, world).check(step, applied, batch, values, output)
+                BadSteps(1, world).check(step, applied, batch, values, output)
             except UserError as error:
                 skipped.append(str(error))
             losses.append(world.mean(values["total"]).item())

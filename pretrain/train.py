@@ -43,7 +43,7 @@ from pretrain.flops import count_flops, peak_tflops, utilisation
 from pretrain.life import Life, all_keys
 from pretrain.losses import LOSSES, LossesConfig
 from pretrain.metrics import Clock, Metrics, peak_memory_gib
-from pretrain.model.model import ModelConfig, build_model
+from pretrain.model.model import ModelConfig, build_model, check_towers
 from pretrain.model.warm_start import warm_start
 from pretrain.momentum import Momentum
 from pretrain.randomness import seed_torch
@@ -146,6 +146,7 @@ def train_steps(config: RunConfig, life: Life, world: World) -> int:
     model = build_model(config.model, tokenizer, config.seed, world).train()
     micro_batch_size = fit_micro_batch(config.train, newest, world)
     check_micro_batches(model, micro_batch_size, batch_size // world.size)
+    check_towers(model)
     teacher = load_teacher(config, tokenizer, world)
     if not newest:
         warm_start(model, config.model.warm_start, world)
@@ -270,15 +271,11 @@ def check_micro_batches(model: torch.nn.Module, size: int | None, rows: int) -> 
         raise ConfigError(
             f"train.micro_batch_size: {size} does not divide the {rows} pairs of a rank. Choose a divisor"
         )
-    if any(type(module).__name__.endswith("DropPath") and module.drop_prob for module in model.modules()):
-        raise ConfigError(
-            "train.micro_batch_size: this model drops whole branches (drop_path_rate) by a generator that cannot be replayed "
-            "in the second pass. Leave one of the two out"
-        )
-    if any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
+    if any(norm.training for norm in norms):  # one that is frozen normalises each sample by what it knows
         raise ConfigError(
             "train.micro_batch_size: this model has batch normalisation, whose statistics are of what is computed at once. "
-            "Leave it out, or choose an image tower without, such as kind: vit"
+            "Leave it out, freeze the tower (model.freeze), or choose an image tower without, such as kind: vit"
         )
 
 

@@ -22,7 +22,7 @@ from data_tools.errors import UserError, first_line
 from pretrain.config import ConfigError, ConfigModel
 from pretrain.model.blocks import begins_with
 from pretrain.model.names import IMAGE_NAMES, TEXT_NAMES, clip_from_huggingface, from_blip
-from pretrain.model.towers import ClipText, Vit
+from pretrain.model.towers import POSITION_NAMES, ClipText, Vit
 from pretrain.torchvision_ops import prepare_torchvision
 from pretrain.world import World
 
@@ -210,7 +210,7 @@ def fit(name: str, value: Tensor, own: Tensor) -> tuple[Tensor, str]:
 def is_position(name: str) -> bool:
     """Whether the tensor has a row (or column) a place: learnt positions, by their names in the libraries."""
     last = [part for part in name.split(".") if part != "weight"][-1]
-    return last in ("positional_embedding", "pos_embed", "position_embedding", "position_embeddings")
+    return last in POSITION_NAMES
 
 
 def resize_grid(rows: Tensor, count: int, name: str) -> Tensor:

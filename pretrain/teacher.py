@@ -5,9 +5,9 @@ It is no part of the trained model: not in the optimizer, not sharded, not in ch
 Shape legend: B pairs, E the teacher's embedding, L text tokens, H/W pixels.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,10 +24,11 @@ from pretrain.losses import DistillConfig
 from pretrain.model.towers import unit
 from pretrain.torchvision_ops import prepare_torchvision
 
+LONG = 64  # tokens: more than any probe has
 PROBES = ["a", "a dog", "Red!", "1990's", "caf\u00e9", "left of two squares"]
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Teacher:
     """`teacher(batch)` gives its embeddings of the batch, without gradients."""
 
@@ -72,13 +73,18 @@ def build_teacher(
         raise ConfigError(
             f"losses.distill.teacher: {folder} is no export. Write one: python -m pretrain export --to open_clip or native"
         )
-    (own, mask), its = tokenizer(PROBES), teacher.tokenize(PROBES)
-    if own.shape[1] > its.shape[1]:
+    its = teacher.tokenize(PROBES)
+    length = its.shape[1]
+    if tokenizer.context_length > length:
         raise ConfigError(
-            f"losses.distill.teacher: it reads {its.shape[1]} tokens at most. Set model.text.context_length={its.shape[1]}"
+            f"losses.distill.teacher: it reads {length} tokens at most. Set model.text.context_length={length}"
         )
-    whole = ~mask[:, -1]  # the probes that are not cut
-    if not torch.equal(own[whole], its[whole, : own.shape[1]]):
+    # At the teacher's length, whatever the model's: few probes fit into a short one, or none.
+    own = dataclasses.replace(tokenizer, context_length=length)(PROBES)[0]
+    whole = (
+        dataclasses.replace(tokenizer, context_length=LONG)(PROBES)[1].sum(1) <= length
+    )  # the probes that are not cut
+    if not whole.any() or not torch.equal(own[whole], its[whole]):
         raise ConfigError(
             "losses.distill.teacher: it has another tokenizer than the model. Set model.tokenizer to the teacher's"
         )

@@ -41,7 +41,7 @@ from pretrain.engine import (
 from pretrain.events import lock_run
 from pretrain.flops import count_flops, peak_tflops, utilisation
 from pretrain.life import Life, all_keys
-from pretrain.losses import LOSSES, LossesConfig
+from pretrain.losses import LOSSES, PAIR_LOSSES, LossesConfig
 from pretrain.metrics import Clock, Metrics, peak_memory_gib
 from pretrain.model.model import ModelConfig, build_model, check_towers
 from pretrain.model.warm_start import warm_start
@@ -118,6 +118,17 @@ class RunConfig(ConfigModel):
             raise ValueError("model.init_logit_bias would not be trained: set losses.sigmoid, or leave it out")
         if not any(getattr(self.losses, name) for name in LOSSES):
             raise ValueError(f"losses: all are off; set one of {', '.join(LOSSES)}")
+        active = {name: loss for name in LOSSES if (loss := getattr(self.losses, name))}
+        if all(loss.never_counts for loss in active.values()):
+            raise ValueError(
+                f"losses: the weight of {' and '.join(active)} is 0 in every step; nothing would be trained"
+            )
+        for name in PAIR_LOSSES:
+            if name in active and active[name].never_counts:
+                raise ValueError(
+                    f"losses.{name}.weight is 0 in every step, so its head would not be trained: give it a weight, or set "
+                    f"losses.{name}=null and leave the head out"
+                )
         return self
 
 

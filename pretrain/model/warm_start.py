@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 NATIVE_FILE = "model.safetensors"
+READ_ERRORS = (OSError, SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError)  # of files missing or broken
 PADDED_IDS = 128  # vocabularies that differ by no more are the same, filled up to a round number
 
 
@@ -308,13 +309,14 @@ def read_pretrained(model_class: Any, name: str) -> dict[str, Tensor]:
 
 
 def reach(get: Any, name: Any) -> Any:
-    """`get(name)`, a missing folder or file, or a hub that cannot be reached, told in one line."""
+    """`get(name)`, a missing or broken folder or file, or a hub that cannot be reached, told in one line."""
     try:
         return get(name)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = first_line(error)
+    except (*READ_ERRORS, ValueError) as error:
+        reason = first_line(error).rstrip(".")
         raise ConfigError(
-            f"model.warm_start: cannot load '{name}': {reason} Give a folder, or a name that this machine can reach"
+            f"model.warm_start: cannot load '{name}': {reason}. Give a folder that is whole, or a name that this machine can "
+            "reach"
         ) from None
 
 
@@ -331,7 +333,7 @@ def read_file(path: Path) -> dict[str, Any]:
         if path.suffix == ".safetensors":
             return load_file(path)
         weights = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except READ_ERRORS as error:
         reason = first_line(error)
         raise UserError(
             f"{path}: cannot read the weights: {reason}. Give a .safetensors file or a plain state dict"

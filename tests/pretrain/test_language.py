@@ -1,5 +1,6 @@
 """Captioning, masked language and distillation: however the batch is spread, and against transformers and open_clip."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -319,6 +320,10 @@ def test_teachers_that_do_not_fit_are_refused(words: Path, tmp_path: Path) -> No
     refuse("reads 24 tokens at most. Set model.text.context_length=24", build_tokenizer(ClipTokenizerConfig(), 30))
     others = build_tokenizer(HuggingfaceTokenizerConfig(kind="huggingface", name=str(words)), 24)
     refuse("it has another tokenizer than the model. Set model.tokenizer", others)
+    for length in (2, 3):  # which no probe fits into
+        refuse("it has another tokenizer", dataclasses.replace(others, context_length=length))
+    short = dataclasses.replace(own, context_length=3)
+    build_teacher(DistillConfig(teacher=folder), short, 16, torch.device("cpu"), torch.float32)
     refuse("embeddings have 16 numbers, the model's 8. Set model.embed_dim=16", own, 8, cosine=1)
 
 

@@ -190,11 +190,23 @@ def test_check_prints_the_resolved_config(capfd: pytest.CaptureFixture) -> None:
         (["losses.sigmoid={}"], "set model.init_logit_bias"),
         (["model.init_logit_bias=-10.0"], "init_logit_bias would not be trained"),
         (["losses.matching.ramp={start: 1.0}"], "losses.matching.ramp.steps: is missing"),
+        (["losses.distill={teacher: t, logits: 0, cosine: 0}"], "losses.distill: logits and cosine are both 0"),
+        (
+            ["losses.contrastive.weight=0", "losses.matching=null", "model.fusion=null"],
+            "contrastive is 0 in every step",
+        ),
+        (["losses.matching.weight=0"], "losses.matching.weight is 0 in every step, so its head"),
     ],
 )
 def test_losses_that_do_not_fit_the_model_are_refused(overrides: list[str], part: str) -> None:
     with pytest.raises(ConfigError, match=part):
         load_config(TINY, overrides, RunConfig)
+
+
+def test_a_loss_that_counts_in_some_step_or_is_only_measured_is_no_mistake() -> None:
+    alone = ["losses.matching=null", "model.fusion=null", "losses.contrastive.weight=0"]
+    load_config(TINY, [*alone, "losses.contrastive.ramp={start: 1.0, steps: 4}"], RunConfig)
+    load_config(TINY, [*alone, "losses.momentum={}"], RunConfig)
 
 
 def test_micro_batches_must_be_equal_and_meet_no_batch_normalisation() -> None:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data_tools.errors import UserError, first_line
 from pretrain.config import ConfigError
 from pretrain.contract import Batch, TeacherOutput
 from pretrain.data.text import Tokenizer
@@ -22,6 +23,7 @@ from pretrain.export.open_clip import CONFIG as OPEN_CLIP_CONFIG
 from pretrain.export.open_clip import place_text_model
 from pretrain.losses import DistillConfig
 from pretrain.model.towers import unit
+from pretrain.model.warm_start import OPEN_CLIP_FILES, find_file
 from pretrain.torchvision_ops import prepare_torchvision
 
 LONG = 64  # tokens: more than any probe has
@@ -114,7 +116,14 @@ def load_open_clip(folder: Path, device: torch.device, dtype: torch.dtype) -> Te
     prepare_torchvision()
     from open_clip import create_model_and_transforms, get_tokenizer
 
-    model, *_ = create_model_and_transforms(f"local-dir:{folder}", **place_text_model(folder))
+    find_file(folder, OPEN_CLIP_FILES)  # without weights, open_clip would give a teacher of random ones
+    try:
+        model, *_ = create_model_and_transforms(f"local-dir:{folder}", **place_text_model(folder))
+        tokenize = get_tokenizer(f"local-dir:{folder}")
+    except Exception as error:  # each broken file has its own in open_clip
+        raise UserError(
+            f"{folder}: open_clip cannot load it: {type(error).__name__}: {first_line(error)}. Export it again"
+        ) from None
     model = model.eval().requires_grad_(False)
     scale = model.logit_scale.exp().item()
     model = model.to(device, dtype)
@@ -128,6 +137,6 @@ def load_open_clip(folder: Path, device: torch.device, dtype: torch.dtype) -> Te
         size[0] if isinstance(size, tuple | list) else size,
         lambda pixels: model.encode_image(((pixels - mean) / std).to(dtype)),
         lambda ids, mask: model.encode_text(ids),  # which finds its padding by its id
-        get_tokenizer(f"local-dir:{folder}"),
+        tokenize,
         scale,
     )

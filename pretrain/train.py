@@ -48,6 +48,7 @@ from pretrain.model.warm_start import warm_start
 from pretrain.momentum import Momentum
 from pretrain.randomness import seed_torch
 from pretrain.spikes import GiveUp, SpikesConfig
+from pretrain.stragglers import Stragglers
 from pretrain.watch import WatchConfig
 from pretrain.world import World
 
@@ -182,7 +183,7 @@ def train_steps(config: RunConfig, life: Life, world: World) -> int:
         samples = "a stream" if loader.supply.epoch_samples is None else f"{loader.supply.epoch_samples:,} samples"
         log.info("%s: %s, %s, step %d of %d", config.run, size_of(engine), samples, step, steps)
 
-    clock = Clock()
+    clock, stragglers = Clock(), Stragglers(life.watch, life.note, world)
     metrics = Metrics(config.run, step, steps, enabled=world.is_main)
     bad_steps = BadSteps(config.train.max_bad_steps, world)
     saver = Saver(engine, config.run, config.checkpoint, world, life.saved)
@@ -192,6 +193,7 @@ def train_steps(config: RunConfig, life: Life, world: World) -> int:
     try:
         while step < steps and not stopping:
             life.watch.enter("data", step)
+            clock.data_wanted()
             batch = next(batches).to(world.device)
             clock.data_ready()
             life.watch.enter("step", step)
@@ -232,6 +234,7 @@ def train_steps(config: RunConfig, life: Life, world: World) -> int:
             stopping, saving = life.asks()
             if trained and (step % config.train.log_every_steps == 0 or step in (1, steps)):
                 values = measure(engine, losses, loader, bad_steps, world) | clock.rates(batch_size)
+                values |= stragglers.report(step, values)
                 if peak:
                     values |= utilisation(flops, values["rate/samples_per_s"], peak, world)
                 metrics.log(step, values)

@@ -78,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
             task.add_argument("--keep", type=positive, default=2, metavar="N", help="the last N stay (2)")
             task.add_argument("--keep-every", type=positive, metavar="M", help="and those of each M-th step")
 
-    command = commands.add_parser("doctor", help="look into what a config would do, without training")
+    command = commands.add_parser("doctor", help="look into what a config would do, or what a run does")
     checks = command.add_subparsers(required=True, metavar="CHECK")
     check = checks.add_parser("order", help="print the keys that a rank would take: STEP POSITION DATASET KEY")
     check.add_argument("config", help="YAML file, as those in configs/")
@@ -98,6 +98,10 @@ def build_parser() -> argparse.ArgumentParser:
     check.add_argument("--threads", type=positive, nargs="+", metavar="N", help="numbers of threads to try")
     check.add_argument("--json", metavar="FILE", help="also write the numbers there")
     check.set_defaults(function=run_doctor_loader)
+
+    check = checks.add_parser("stragglers", help="print where each rank's time goes in a run, the slowest first")
+    check.add_argument("run", metavar="RUN", help="run folder of a training run")
+    check.set_defaults(function=run_doctor_stragglers)
 
     command = commands.add_parser("demo", help="the whole path on drawn scenes, or on your own pictures")
     command.add_argument("--captions", metavar="FILE", help="TSV or CSV with columns filename, caption")
@@ -212,6 +216,13 @@ def run_doctor_loader(options: argparse.Namespace, arguments: list[str]) -> int:
     print(render(report))
     if options.json:
         write_json_atomic(options.json, report)
+    return 0
+
+
+def run_doctor_stragglers(options: argparse.Namespace, arguments: list[str]) -> int:
+    from pretrain.doctor.stragglers import examine, render
+
+    print(render(*examine(options.run)))
     return 0
 
 

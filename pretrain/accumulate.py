@@ -118,23 +118,29 @@ class BadSteps:
     Such gradients reach every rank in the reduction, so every rank skips the same steps without asking.
     """
 
-    def __init__(self, limit: int, precision: str, world: World):
-        self.limit, self.precision, self.world = limit, precision, world
+    def __init__(self, limit: int, world: World):
+        self.limit, self.world = limit, world
         self.total = self.in_a_row = 0
 
     def check(
-        self, step: int, applied: bool, batch: Batch, losses: dict[str, Tensor], output: ModelOutput
+        self,
+        step: int,
+        applied: bool,
+        batch: Batch,
+        losses: dict[str, Tensor],
+        output: ModelOutput,
+        scale_could_fall: bool = False,
     ) -> list[str] | None:
         """Take note of a step; of a bad one, returns the keys of the samples to blame. Collective where it was not applied.
 
-        Raises GiveUp after `limit` bad steps in a row.
+        In fp16, `scale_could_fall` says that the loss scale was not at its least in this step. Raises GiveUp after `limit` bad steps in a row.
         """
         if applied:
             self.in_a_row = 0
             return None
         by_embedding, by_loss = zip(*self.world.gather_objects(find_bad_keys(batch, losses, output)), strict=True)
-        if self.precision == "fp16" and not any(by_loss):
-            return None  # the loss scale was too large; DeepSpeed has made it smaller
+        if scale_could_fall and not any(by_loss):
+            return None  # the loss scale was too large; DeepSpeed makes it smaller
         # One bad embedding spoils the losses of every rank that compares with it, so those tell less.
         found = by_embedding if any(by_embedding) else by_loss
         self.total += 1

@@ -193,7 +193,7 @@ def gradient_norm(engine: Any) -> float:
     from deepspeed.runtime.utils import combine_grad_norm_groups
 
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
-    scale = optimizer.cur_scale if engine.fp16_enabled() else 1.0
+    scale = optimizer.loss_scale if engine.fp16_enabled() else 1.0
     if stage == 3:
         norm = float(combine_grad_norm_groups(optimizer._get_norm_groups()))
     elif stage:
@@ -221,6 +221,18 @@ def drop_gradients(engine: Any) -> None:
         engine.zero_grad()
 
 
+def can_lower_loss_scale(engine: Any) -> bool:
+    """Whether gradients that overflow now can be met with a smaller loss scale: in fp16, until it is at its least."""
+    if not engine.fp16_enabled():
+        return False
+    optimizer = engine.optimizer
+    if engine.zero_optimization_stage():
+        least = optimizer.loss_scaler.min_scale
+    else:
+        least = optimizer.loss_scale_config.min_loss_scale
+    return optimizer.loss_scale > least
+
+
 def apply_gradients(engine: Any) -> bool:
     """Update the weights, unless a gradient is not finite: then drop the gradients. Returns whether weights were updated.
 
@@ -238,6 +250,9 @@ def apply_gradients(engine: Any) -> bool:
     if overflow:
         drop_gradients(engine)
         return False
+    if stage and engine.fp16_enabled():
+        # Else DeepSpeed ends the process where the scale cannot fall. It came with the checkpoint, so it is told each time.
+        optimizer.loss_scaler.raise_error_at_min_scale = False
     engine.step()
     return engine.was_step_applied()
 

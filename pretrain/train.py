@@ -24,6 +24,7 @@ from pretrain.engine import (
     EngineConfig,
     apply_gradients,
     build_engine,
+    can_lower_loss_scale,
     drop_gradients,
     import_deepspeed,
     learning_rate,
@@ -32,15 +33,16 @@ from pretrain.engine import (
 from pretrain.events import RunTaken, lock_run
 from pretrain.flops import count_flops, peak_tflops, utilisation
 from pretrain.life import Life, all_keys
-from pretrain.losses import LOSSES, LossesConfig
+from pretrain.losses import LOSSES, PAIR_LOSSES, LossesConfig
 from pretrain.metrics import Clock, Metrics, peak_memory_gib
-from pretrain.model.model import ModelConfig, build_model
+from pretrain.model.model import ModelConfig, build_model, check_towers
 from pretrain.model.warm_start import warm_start
 from pretrain.momentum import Momentum
 from pretrain.provenance import describe_run, versions
 from pretrain.randomness import seed_torch
 from pretrain.signals import EXIT_RESTART
 from pretrain.spikes import GiveUp, SpikesConfig
+from pretrain.stragglers import Stragglers
 from pretrain.watch import WatchConfig
 from pretrain.world import World
 
@@ -111,6 +113,17 @@ class RunConfig(ConfigModel):
             raise ValueError("model.init_logit_bias would not be trained: set losses.sigmoid, or leave it out")
         if not any(getattr(self.losses, name) for name in LOSSES):
             raise ValueError(f"losses: all are off; set one of {', '.join(LOSSES)}")
+        active = {name: loss for name in LOSSES if (loss := getattr(self.losses, name))}
+        if all(loss.never_counts for loss in active.values()):
+            raise ValueError(
+                f"losses: the weight of {' and '.join(active)} is 0 in every step; nothing would be trained"
+            )
+        for name in PAIR_LOSSES:
+            if name in active and active[name].never_counts:
+                raise ValueError(
+                    f"losses.{name}.weight is 0 in every step, so its head would not be trained: give it a weight, or set "
+                    f"losses.{name}=null and leave the head out"
+                )
         return self
 
 
@@ -142,6 +155,7 @@ def train_steps(config: RunConfig, life: Life, world: World) -> int:
     model = build_model(config.model, tokenizer, config.seed, world).train()
     micro_batch_size = fit_micro_batch(config.train, newest, world)
     check_micro_batches(model, micro_batch_size, batch_size // world.size)
+    check_towers(model)
     teacher = load_teacher(config, tokenizer, world)
     if not newest:
         warm_start(model, config.model.warm_start, world)
@@ -166,9 +180,9 @@ def train_steps(config: RunConfig, life: Life, world: World) -> int:
         samples = "a stream" if loader.supply.epoch_samples is None else f"{loader.supply.epoch_samples:,} samples"
         log.info("%s: %s, %s, step %d of %d", config.run, size_of(engine), samples, step, steps)
 
-    clock = Clock()
+    clock, stragglers = Clock(), Stragglers(life.watch, life.note, world)
     metrics = Metrics(config.run, step, steps, enabled=world.is_main)
-    bad_steps = BadSteps(config.train.max_bad_steps, config.engine.precision, world)
+    bad_steps = BadSteps(config.train.max_bad_steps, world)
     saver = Saver(engine, config.run, config.checkpoint, world, life.saved, life.lock.check)
     batches = iter(loader)
     life.start(step, steps, newest)
@@ -176,6 +190,7 @@ def train_steps(config: RunConfig, life: Life, world: World) -> int:
     try:
         while step < steps and not stopping:
             life.watch.enter("data", step)
+            clock.data_wanted()
             batch = next(batches).to(world.device)
             clock.data_ready()
             life.watch.enter("step", step)
@@ -200,12 +215,13 @@ def train_steps(config: RunConfig, life: Life, world: World) -> int:
                     drop_gradients(engine)
                     life.skip(step + 1, spike, all_keys(batch, world))
                 else:
+                    scale_could_fall = can_lower_loss_scale(engine)
                     applied = apply_gradients(engine)
                     if momentum and applied:
                         momentum.follow(output.momentum, step)
                     if ema and applied:
                         ema.follow()
-                    bad_keys = bad_steps.check(step + 1, applied, batch, losses, output)
+                    bad_keys = bad_steps.check(step + 1, applied, batch, losses, output, scale_could_fall)
                     if bad_keys is not None:
                         life.skip(step + 1, "loss or gradients not finite", bad_keys)
             step += 1
@@ -215,6 +231,7 @@ def train_steps(config: RunConfig, life: Life, world: World) -> int:
             stopping, saving = life.asks()
             if trained and (step % config.train.log_every_steps == 0 or step in (1, steps)):
                 values = measure(engine, losses, loader, bad_steps, world) | clock.rates(batch_size)
+                values |= stragglers.report(step, values)
                 if peak:
                     values |= utilisation(flops, values["rate/samples_per_s"], peak, world)
                 metrics.log(step, values)
@@ -265,15 +282,11 @@ def check_micro_batches(model: torch.nn.Module, size: int | None, rows: int) -> 
         raise ConfigError(
             f"train.micro_batch_size: {size} does not divide the {rows} pairs of a rank. Choose a divisor"
         )
-    if any(type(module).__name__.endswith("DropPath") and module.drop_prob for module in model.modules()):
-        raise ConfigError(
-            "train.micro_batch_size: this model drops whole branches (drop_path_rate) by a generator that cannot be replayed "
-            "in the second pass. Leave one of the two out"
-        )
-    if any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
+    if any(norm.training for norm in norms):  # one that is frozen normalises each sample by what it knows
         raise ConfigError(
             "train.micro_batch_size: this model has batch normalisation, whose statistics are of what is computed at once. "
-            "Leave it out, or choose an image tower without, such as kind: vit"
+            "Leave it out, freeze the tower (model.freeze), or choose an image tower without, such as kind: vit"
         )
 
 

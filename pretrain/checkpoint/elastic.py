@@ -79,7 +79,7 @@ def restore(engine: Any, folder: Path, weights: Path, state: dict[str, Any]) -> 
 
 def loss_scale(engine: Any) -> float | None:
     """The loss scale of an engine in fp16, to be put into state.json."""
-    return float(engine.optimizer.cur_scale) if engine.fp16_enabled() else None
+    return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else None
 
 
 def optimized_names(engine: Any) -> list[str]:

@@ -12,6 +12,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -91,6 +92,11 @@ class DataConfig(ConfigModel):
         """The datasets, one or many, with their own settings filled in."""
         entries = self.datasets or [DatasetConfig(path=self.path)]
         return [entry.model_copy(update={"captions": entry.captions or self.captions}) for entry in entries]
+
+    @property
+    def names(self) -> str:
+        """What the datasets are called, without where they lie."""
+        return ", ".join(Path(entry.path).name for entry in self.entries())
 
 
 def read_captions(fields: dict[str, bytes]) -> list[str]:

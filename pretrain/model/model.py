@@ -4,12 +4,15 @@ Shape legend: B pairs per rank, G = B x world, N image tokens, L text tokens, D 
 """
 
 import math
+from collections.abc import Callable
 
 import pydantic
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from data_tools.errors import first_line
 from pretrain.config import ConfigError, ConfigModel, Count, union_by_kind
 from pretrain.contract import Batch, ModelOutput
 from pretrain.data.text import TOKENIZERS, ClipTokenizerConfig, Tokenizer
@@ -280,3 +283,62 @@ def build_model(config: ModelConfig, tokenizer: Tokenizer, seed: int = 0, world:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return ImageTextModel(config, tokenizer, seed, world)
+
+
+def check_towers(model: ImageTextModel) -> None:
+    """Run the towers that are built from other libraries' code by name, on two samples as in training.
+
+    Raises ConfigError, in one line, for a tower that cannot be run, and for one whose result depends on torch's generator:
+    with ranks and micro-batches it would be another.
+    """
+    size, length = model.config.image.image_size, model.config.text.context_length
+    pixels = torch.zeros(2, 3, size, size, dtype=torch.uint8)
+    # No id that a library takes for padding, by which RoBERTa counts its positions.
+    ids, mask = torch.full((2, length), min(5, model.tokenizer.vocab_size - 1)), torch.ones(2, length, dtype=torch.bool)
+    keys = model.sample_keys(torch.arange(2))
+    runs = {"image": lambda: model.encode_image(pixels, keys), "text": lambda: model.encode_text(ids, mask, keys)}
+    for side, run in runs.items():
+        config, tower = getattr(model.config, side), getattr(model, f"{side}_tower")
+        if config.kind not in ("timm", "huggingface"):
+            continue
+        norms = [module for module in tower.modules() if isinstance(module, _BatchNorm) and module.training]
+        for norm in norms:
+            norm.eval()  # these two samples are no part of its statistics
+        try:
+            alike = is_repeatable(run)
+        except ConfigError:
+            raise
+        except Exception as error:  # whatever other people's code says of an input that it was not made for
+            raise ConfigError(
+                f"model.{side}: this tower cannot be run on a batch: {type(error).__name__}: {first_line(error)} Choose "
+                "another model or other settings"
+            ) from None
+        for norm in norms:
+            norm.train()
+        if not alike:
+            raise ConfigError(
+                f"model.{side}: something in this tower is dropped by torch's generator, not by sample, so ranks and "
+                f"micro-batches would change the result. Set to 0 what drops there{name_dropouts(side, config, tower)}"
+            )
+
+
+@torch.no_grad()
+def is_repeatable(run: Callable[[], Tower]) -> bool:
+    """Whether two calls give the same, whatever state torch's generator is in."""
+    with torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager"):
+        torch.manual_seed(0)
+        before, first = torch.get_rng_state(), run()
+        if torch.equal(torch.get_rng_state(), before):
+            return True
+        torch.manual_seed(1)
+        return all(torch.equal(one, other) for one, other in zip(first, run(), strict=True))
+
+
+def name_dropouts(side: str, config: ConfigModel, tower: nn.Module) -> str:
+    """The keys of this tower's settings that sound like it, as a list to append; "" if none does."""
+    if config.kind == "timm":
+        section, settings = "settings", config.settings
+    else:
+        section, settings = "config", tower.inner.config.to_dict()
+    keys = [key for key, value in settings.items() if "drop" in key and isinstance(value, float) and value > 0]
+    return f": {', '.join(f'model.{side}.{section}.{key}' for key in keys)}" if keys else ""

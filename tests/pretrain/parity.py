@@ -66,6 +66,13 @@ VIT = {"kind": "vit", "image_size": 32, "patch_size": 8, "width": 32, "layers": 
 IMAGE_TOWERS = {
     "vit": VIT,
     "vit_dropping": {**VIT, "patch_dropout": 0.25},
+    "timm_dropping": {
+        "kind": "timm",
+        "name": "test_vit",
+        "image_size": 32,
+        "patch_dropout": 0.25,
+        "settings": {"drop_path_rate": 0.4, "proj_drop_rate": 0.1},
+    },
     "resnet": {"kind": "resnet", "image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 32},
 }
 BERT = {"kind": "bert", "context_length": 12, "width": 32, "heads": 2, "layers": 2, "dropout": 0.0}
@@ -94,6 +101,7 @@ class Case(NamedTuple):
     text: str = "bert_dropping"
     fusion: str = "med"
     losses: LossesConfig = ALL_LOSSES
+    frozen: str | None = None
 
 
 def model_config(case: Case) -> ModelConfig:
@@ -105,6 +113,7 @@ def model_config(case: Case) -> ModelConfig:
         "text": TEXT_TOWERS[case.text],
         "fusion": FUSIONS[case.fusion],
         "init_logit_bias": -3.0,
+        "freeze": [case.frozen] if case.frozen else [],
     }
     return check_config(values, ModelConfig, "test")
 
@@ -388,7 +397,7 @@ def train_losses(world: World, runs: list[Run], steps: int, case: Case) -> list[
             if momentum and applied:
                 momentum.follow(output.momentum, step)
             try:
-                BadSteps(1, run.precision, world).check(step, applied, batch, values, output)
+                BadSteps(1, world).check(step, applied, batch, values, output)
             except UserError as error:
                 skipped.append(str(error))
             losses.append(world.mean(values["total"]).item())

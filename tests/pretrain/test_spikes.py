@@ -171,3 +171,71 @@ def drop_then_step(world: World) -> None:
 
 def test_a_dropped_step_changes_nothing() -> None:
     run_on_ranks(drop_then_step, 2)
+
+
+class Overflow(torch.autograd.Function):
+    """The same value, with gradients that are not finite."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * float("inf")
+
+
+def allow_fp16(run: Path | None = None) -> None:
+    """DeepSpeed refuses fp16 on CPUs, which is slow there and works."""
+    from pretrain.engine import import_deepspeed
+
+    accelerator = import_deepspeed().get_accelerator()
+    type(accelerator).is_fp16_supported = lambda self: True
+
+
+def overflow_for_long(world: World) -> None:
+    """At each stage: the loss scale falls to its least and stays there, with no exception, and no weight changes."""
+    from pretrain.checkpoint.elastic import loss_scale
+    from pretrain.engine import EngineConfig, apply_gradients, build_engine, can_lower_loss_scale, gradient_norm
+
+    allow_fp16()
+    for stage in range(4):
+        model = torch.nn.Linear(8, 4)
+        engine = build_engine(model, EngineConfig(zero_stage=stage, precision="fp16"), 8, world)
+        before, could_fall = gather_weights(engine), []
+        for _ in range(20):
+            engine.backward(Overflow.apply(engine(torch.ones(8, 8, dtype=torch.float16)).float().sum()))
+            could_fall.append(can_lower_loss_scale(engine))
+            assert gradient_norm(engine) == float("inf")
+            assert not apply_gradients(engine)
+        falls = could_fall.count(True)
+        assert 14 <= falls <= 15 and not any(could_fall[falls:])  # from 2^14 to 1, once with DeepSpeed's patience
+        assert loss_scale(engine) == 1
+        assert all(torch.equal(before[name], weight) for name, weight in gather_weights(engine).items())
+
+
+def test_a_loss_scale_at_its_least_raises_nothing() -> None:
+    run_on_ranks(overflow_for_long, 1)
+
+
+def overflow_always(run: Path) -> None:
+    from pretrain import accumulate
+
+    allow_fp16()
+    compute_losses = accumulate.compute_losses
+
+    def overflowing(*others):
+        losses = compute_losses(*others)
+        return losses | {"total": Overflow.apply(losses["total"])}
+
+    accumulate.compute_losses = overflowing
+
+
+def test_gradients_that_never_become_finite_in_fp16_give_up(shards: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    overrides = ["engine.precision=fp16", "train.max_bad_steps=3", "train.duration=40 steps"]
+    life = LifeOfRun(run, arguments(shards, run, *overrides), 1, overflow_always)
+    assert life.wait() == [87], life.stderr()
+    report = json.loads((run / "report.json").read_text())
+    assert "step 18: loss or gradients not finite, as in 3 steps in a row" in report["reason"]
+    assert "the gradients are not" in report["reason"]

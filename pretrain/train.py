@@ -175,10 +175,26 @@ def train_steps(config: RunConfig, life: Life, world: World) -> int:
     saver = Saver(engine, config.run, config.checkpoint, world, life.saved)
     batches = iter(loader)
     life.start(step, steps, newest)
-    stopping, saving = life.asks()
+    saved_step = step  # of a checkpoint, or of a beginning that needs none
+
+    def save() -> None:
+        nonlocal saved_step
+        life.watch.enter("save", step)
+        beside = (momentum.state() if momentum else {}) | (ema.state() if ema else {})
+        saver.save(step, run_state(config, loader, life, step, world), beside)
+        saved_step = step
+        clock.leave_out()
+
     try:
-        while step < steps and not stopping:
+        while step < steps:
             life.watch.enter("data", step)
+            stopping, saving = life.wait_for(batches, is_saved=step == saved_step)
+            if (stopping or saving) and step != saved_step:
+                save()
+            if stopping:
+                break
+            if saving:
+                continue
             batch = next(batches).to(world.device)
             clock.data_ready()
             life.watch.enter("step", step)
@@ -194,6 +210,7 @@ def train_steps(config: RunConfig, life: Life, world: World) -> int:
                     life.roll_back(step + 1, target, spike, batch)
                     batches.close()
                     step, extra = restore(engine, loader, life, target, identity)
+                    saved_step = step
                     momentum, ema = build_momentum(extra), build_ema(extra)
                     del extra
                     batches, metrics = iter(loader), metrics.go_back(step)
@@ -215,20 +232,16 @@ def train_steps(config: RunConfig, life: Life, world: World) -> int:
             clock.step_done()
             loader.close_epochs()
             metrics.step_done()
-            stopping, saving = life.asks()
             if trained and (step % config.train.log_every_steps == 0 or step in (1, steps)):
                 values = measure(engine, losses, loader, bad_steps, world) | clock.rates(batch_size)
                 if peak:
                     values |= utilisation(flops, values["rate/samples_per_s"], peak, world)
                 metrics.log(step, values)
-            if step % config.checkpoint.every_steps == 0 or step == steps or stopping or saving:
-                life.watch.enter("save", step)
-                beside = (momentum.state() if momentum else {}) | (ema.state() if ema else {})
-                saver.save(step, run_state(config, loader, life, step, world), beside)
-                del beside
-                clock.leave_out()
+            if step % config.checkpoint.every_steps == 0 or step == steps:
+                save()
             else:
                 saver.poll()
+        life.watch.enter("save", step)
         saver.close()
     finally:  # also where a step fails: else what is under way would be finished before the process ends
         batches.close()

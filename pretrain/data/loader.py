@@ -7,12 +7,15 @@ Shape legend: B pairs per rank, G = B x world, C captions a picture, L text toke
 """
 
 import logging
+import math
 import socket
+import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent import futures
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import pydantic
@@ -40,6 +43,8 @@ MAX_REJECTED_IN_A_ROW = 10_000  # by stages of the user, which may well want one
 JUDGE_AFTER_SAMPLES = 1000  # a share of bad samples says nothing before
 MAX_AHEAD_BATCHES = 32  # however small they are
 MAX_ROWS_A_TASK = 16
+AGREE_EVERY_S = 1.0  # that a rank waits for its data before all hear of it
+POLL_S = 0.1  # between looks whether somebody asks to stop, while there is no batch
 ADVICE = "Find and leave out what is bad: python -m data_tools verify --decode --quarantine"
 
 
@@ -146,9 +151,19 @@ class Filling:
     def dataset(self, row: int) -> int:
         return int(self.draw.places.dataset[row])
 
+    def finish(self) -> None:
+        """Complete the batch when all tasks are done. Raises what one of them has raised, the first in the order of rows."""
+        for task in self.tasks:
+            task.result()
+        most = max(map(len, self.true_text_ids))
+        rows = [ids + ids[:1] * (most - len(ids)) for ids in self.true_text_ids]
+        self.batch.true_text_id = torch.tensor(rows)
+        if self.batch.image.is_pinned():
+            self.batch.true_text_id = self.batch.true_text_id.pin_memory()
+
 
 class Loader:
-    """Endless iterator over this rank's `Batch`es, from `position` on.
+    """`iter(loader)` gives this rank's `Batches`, without end, from `position` on.
 
     State: `state()` gives the position of the next global batch and what it depends on; `restore(state)` goes there.
     """
@@ -242,24 +257,8 @@ class Loader:
             return 0  # the training thread would do all of it before it got the first
         return min(MAX_AHEAD_BATCHES, max(2, self.config.prefetch_mib * 2**20 // self.batch_bytes()))
 
-    def __iter__(self) -> Iterator[Batch]:
-        ahead = self.ahead()
-        pending: deque[Filling] = deque()
-        submitted = self.position
-        threads = self.config.threads
-        self.supply.open(submitted, ahead + 1)
-        with ThreadPoolExecutor(threads, thread_name_prefix="decode") if threads else InThisThread() as pool:
-            try:
-                while True:
-                    while len(pending) <= ahead:  # one is about to be taken: the threads work on while it is trained on
-                        pending.append(self.start(submitted, pool))
-                        submitted += self.global_batch
-                    batch = self.finish(pending.popleft())
-                    self.position += self.global_batch
-                    yield batch
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
-                self.supply.close()  # so that no thread waits for a store
+    def __iter__(self) -> "Batches":
+        return Batches(self)
 
     def start(self, position: int, pool: Executor) -> Filling:
         """Begin this rank's part of the global batch at `position`."""
@@ -338,22 +337,16 @@ class Loader:
         epoch = int(filling.draw.places.epoch[row])
         return choose_caption(captions, self.captions[filling.dataset(row)], self.seed, epoch, raw.key)
 
-    def finish(self, filling: Filling) -> Batch:
-        """Wait for a batch; count it, and its bad samples in the order of positions."""
-        for task in filling.tasks:
-            task.result()
+    def count(self, filling: Filling) -> None:
+        """Take note of a batch that is handed out, and of its bad samples in the order of positions."""
+        self.position += self.global_batch
         batch = filling.batch
-        most = max(map(len, filling.true_text_ids))
-        batch.true_text_id = torch.tensor([ids + ids[:1] * (most - len(ids)) for ids in filling.true_text_ids])
-        if batch.image.is_pinned():
-            batch.true_text_id = batch.true_text_id.pin_memory()
         for row, failures in enumerate(filling.failures):
             self.rejected[filling.dataset(row)] += filling.rejected[row]
             self.note(filling.dataset(row), failures)
         if self.supply.ledger:
             filled = np.array([key != "" for key in batch.keys])  # what did not arrive is not booked
             self.supply.ledger.add(filling.draw.places.where(filled))
-        return batch
 
     def note(self, dataset: int, failures: list[Exception]) -> None:
         """Count a sample, name the first bad one and each thousandth, and stop where many in a row are bad."""
@@ -368,6 +361,99 @@ class Loader:
             log.warning("%s: a sample was replaced, %d so far: %s", name, skipped, failures[0])
         if self.bad_in_a_row == MAX_BAD_IN_A_ROW:
             raise UserError(f"{name}: {MAX_BAD_IN_A_ROW} samples in a row could not be used: {failures[0]}. {ADVICE}")
+
+
+class Batches:
+    """Endless iterator over this rank's batches. Threads make them ahead of their use; `close` ends them.
+
+    Before each `next`, ranks that train together `agree`, so that none waits alone.
+    """
+
+    def __init__(self, loader: Loader) -> None:
+        self.loader = loader
+        self.pool: Executor | None = None
+        self.pending: deque[Filling] = deque()
+        self.submitted = loader.position
+        self.problem: UserError | None = None
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self) -> Batch:
+        """The next batch, for which this rank waits as long as it takes. It counts as taken from now on."""
+        try:
+            self.wait(lambda: False)
+        except BaseException:
+            self.close()
+            raise
+        filling = self.pending.popleft()
+        self.loader.count(filling)
+        return filling.batch
+
+    def agree(self, ask: Callable[[], list[bool]] = list) -> list[bool]:
+        """Wait until every rank has its next batch, or somebody asks for something. Collective.
+
+        `ask` says what is asked of this rank; returned is what is asked of any. If that is nothing, `next` gives the batch
+        at once. This takes one sum over the ranks, and another each AGREE_EVERY_S while one of them waits for its data.
+        Raises UserError on every rank where one cannot get its data.
+        """
+        world = self.loader.world
+        while True:
+            ready = False
+            try:
+                ready = self.problem is None and self.wait(lambda: any(ask()), AGREE_EVERY_S)
+            except UserError as error:
+                self.problem = error
+            asked = ask()
+            waiting, failed, *wanted = world.add([not ready, self.problem is not None, *asked])
+            if any(wanted):
+                return [number > 0 for number in wanted]
+            if failed:
+                raise_everywhere(self.problem, "has no data to go on", world)
+            if not waiting:
+                return [False] * len(asked)
+
+    def wait(self, interrupted: Callable[[], bool], limit_s: float = math.inf) -> bool:
+        """Whether the next batch is whole, for which this waits until the limit, or until it is `interrupted`."""
+        self.start_ahead()
+        filling, end_s = self.pending[0], time.monotonic() + limit_s
+        while waiting := [task for task in filling.tasks if not task.done()]:
+            left_s = end_s - time.monotonic()
+            if left_s <= 0 or interrupted():
+                return False
+            futures.wait(waiting, min(left_s, POLL_S))
+        filling.finish()
+        return True
+
+    def start_ahead(self) -> None:
+        """Let the threads have as much to do as they may."""
+        loader, ahead = self.loader, self.loader.ahead()
+        if self.pool is None:
+            loader.supply.open(self.submitted, ahead + 1)
+            # What can stall is never read by the training thread, which could not be asked to stop.
+            threads = loader.config.threads or int(loader.supply.can_stall)
+            self.pool = ThreadPoolExecutor(threads, thread_name_prefix="decode") if threads else InThisThread()
+        while len(self.pending) <= ahead:  # one is about to be taken: the threads work on while it is trained on
+            self.pending.append(loader.start(self.submitted, self.pool))
+            self.submitted += loader.global_batch
+
+    def close(self) -> None:
+        if self.pool is not None:
+            self.pool.shutdown(wait=False, cancel_futures=True)
+            self.loader.supply.close()  # so that no thread waits for a store
+            self.pool.shutdown()
+            self.pool = None
+
+    __del__ = close
+
+
+def raise_everywhere(problem: UserError | None, what: str, world: World) -> NoReturn:
+    """Raise what is wrong with this rank, or else that of the first rank that has a problem. Collective."""
+    told = world.gather_objects((socket.gethostname(), None if problem is None else str(problem)))
+    if problem is not None:
+        raise problem
+    rank, (host, text) = next((rank, said) for rank, said in enumerate(told) if said[1] is not None)
+    raise UserError(f"rank {rank} on {host} {what}: {text}")
 
 
 def open_loader(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from data_tools.files import RemoteFolder
 from data_tools.shards import RawSample, ShardError, ShardReader
 from pretrain.config import ConfigError
 from pretrain.data.cache import ReaderClosed
@@ -49,6 +50,7 @@ class Supply(Protocol):
     origins: list[int]  # the first dataset with the same tars: of views of one dataset, the same; keys are unique in it
     epoch_samples: int | None  # positions of an epoch: of a blend, of all its datasets together; of a stream, unknown
     ledger: Ledger | None
+    can_stall: bool  # whether a read may wait for a store or a command, without end
 
     def describe(self) -> dict[str, Any]: ...
     def open(self, position: int, under_way: int) -> None: ...
@@ -83,6 +85,7 @@ class IndexedSupply:
         counts = [manifest.counts for manifest in self.manifests]
         self.order = build_order(counts, weights, seed, global_batch, config.window_samples)
         self.ledger = Ledger(self.order, self.names, self._fingerprints)
+        self.can_stall = any(isinstance(manifest.tars, RemoteFolder) for manifest in self.manifests)
         passes = [Fraction(str(entry.epochs or 1)) for entry in entries]
         self.epoch_samples = round(sum(times * own for times, own in zip(passes, samples, strict=True)))
         self._cache, self._global_batch = config.cache, global_batch
@@ -138,6 +141,7 @@ class StreamSupply:
 
     def __init__(self, config: "DataConfig", seed: int, rank: int) -> None:
         self.names, self.origins, self.ledger, self.epoch_samples = [config.path], [0], None, None
+        self.can_stall = True
         self._config, self._seed, self._rank = config.stream, seed, rank
         self._lock = threading.Lock()
         self._failure: Exception | None = None  # what ended the samples: a generator tells it only once

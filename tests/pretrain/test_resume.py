@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -20,6 +21,7 @@ from lives import (
     events_of,
     keys_of,
     losses_of,
+    stall,
     weights_of,
 )
 from paths import TINY
@@ -137,6 +139,55 @@ def test_files_ask_for_a_save_and_for_a_stop(shards: Path, tmp_path: Path, whole
     life = live(shards, run)
     assert life.wait() == [0, 0], life.stderr()
     assert keys_of(run) == keys_of(whole_run) and losses_of(run) == losses_of(whole_run)
+
+
+def stall_rank_1(run: Path) -> None:
+    stall(1, 4 * 8)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "signal to the rank that has data",
+        pytest.param("signal to the rank that waits", marks=pytest.mark.faults),
+        pytest.param("file", marks=pytest.mark.faults),
+    ],
+)
+def test_a_stop_ends_the_wait_for_data(how: str, shards: Path, tmp_path: Path, whole_run: Path) -> None:
+    run = tmp_path / "run"
+    life = live(shards, run, hook=stall_rank_1)
+    wait_for(lambda: 4 in (losses_of(run) if (run / "metrics.jsonl").exists() else ()), life)
+    time.sleep(0.3)  # it waits by now
+    started_s = time.monotonic()
+    if how == "file":
+        (run / "STOP").touch()
+    else:
+        os.kill(life.processes["waits" in how].pid, signal.SIGTERM)
+    assert life.wait(grace_s=20) == [85, 85], life.stderr()
+    assert time.monotonic() - started_s < 10
+    assert [event["step"] for event in events_of(run, "save")] == [3, 4]
+    life = live(shards, run)
+    assert life.wait() == [0, 0], life.stderr()
+    assert_same_run(run, whole_run)
+
+
+def fail_on_rank_1(run: Path) -> None:
+    from pretrain.data.supply import IndexedSupply
+
+    read = IndexedSupply.read
+
+    def read_or_fail(supply, draw, row: int, attempt: int):
+        if draw.positions[row] >= 4 * 8 and os.environ["RANK"] == "1":
+            raise UserError("the store is gone")
+        return read(supply, draw, row, attempt)
+
+    IndexedSupply.read = read_or_fail
+
+
+def test_data_that_one_rank_cannot_get_ends_the_run_on_all(shards: Path, tmp_path: Path) -> None:
+    life = live(shards, tmp_path / "run", hook=fail_on_rank_1)
+    assert life.wait(grace_s=30) == [2, 2], life.stderr()
+    assert re.search(r"error: rank 1 on \S+ has no data to go on: the store is gone", life.stderr())
 
 
 @pytest.mark.parametrize("name", ["state.json", "weights.safetensors", "zero_pp_rank_1", "mp_rank_00_model"])

@@ -11,7 +11,7 @@ import math
 import socket
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent import futures
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -32,6 +32,7 @@ from pretrain.data.fields import decode_fields
 from pretrain.data.stages import Rejected, StageConfig, load_stages
 from pretrain.data.streaming import StreamConfig
 from pretrain.data.supply import BAD_READS, Draw, open_supply
+from pretrain.data.tally import Part, Tally
 from pretrain.data.text import Tokenizer
 from pretrain.randomness import generator, stable_id
 from pretrain.world import World
@@ -146,7 +147,9 @@ class Filling:
     failures: list[list[Exception]]  # [B] why samples before the one that was taken could not be used
     rejected: list[int]  # [B] samples before it that stages did not want
     pixels: np.ndarray  # uint8 [B,3,S,S], the memory of `batch.image`
+    datasets: int  # that there are
     tasks: list[Future] = field(default_factory=list)
+    part: Part | None = None  # of a finished one
 
     def dataset(self, row: int) -> int:
         return int(self.draw.places.dataset[row])
@@ -160,6 +163,8 @@ class Filling:
         self.batch.true_text_id = torch.tensor(rows)
         if self.batch.image.is_pinned():
             self.batch.true_text_id = self.batch.true_text_id.pin_memory()
+        bad = np.array([bool(failures) for failures in self.failures])
+        self.part = Part.of_rows(bad, np.array(self.rejected), self.draw.places.dataset, self.datasets)
 
 
 class Loader:
@@ -183,11 +188,9 @@ class Loader:
         self.captions = [entry.captions for entry in config.entries()]
         self.global_batch, self.rows = global_batch, global_batch // world.size
         self.position = 0
-        self.bad_in_a_row = 0
-        # Of this rank, by dataset: samples, those that were replaced, those that stages rejected. After a resume, rank 0 has
-        # what all had before.
-        self.seen, self.skipped, self.rejected = Counter(), Counter(), Counter()
-        self.last_failure = ""
+        none = (0,) * len(self.supply.names)
+        self.tally = Tally(none, none)  # of all ranks up to `position`
+        self.last_failure = ""  # of this rank
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint. Collective."""
@@ -198,7 +201,7 @@ class Loader:
             "global_batch": self.global_batch,
             "supply": self.supply.describe(),
             "ledger": ledger.state(self.world) if ledger else [],
-            "counts": [[counts[number] for number in range(len(self.supply.names))] for counts in self.add_up()[0]],
+            "tally": self.tally.state(),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -212,8 +215,7 @@ class Loader:
                     f"{now.get(name)}, so the order of samples would change. Put it back, or start a new run folder."
                 )
         self.position = state["position"]
-        counts = state.get("counts", [[], [], []]) if self.world.is_main else [[], [], []]
-        self.seen, self.skipped, self.rejected = (Counter(dict(enumerate(numbers))) for numbers in counts)
+        self.tally = Tally.of_state(state["tally"])
         if self.supply.ledger:
             self.supply.ledger.restore(state["ledger"], self.position, self.world)
 
@@ -222,30 +224,15 @@ class Loader:
         for report in self.supply.ledger.close_epochs(self.position, self.world) if self.supply.ledger else []:
             log.log(logging.INFO if report.matched else logging.ERROR, report.message)
 
-    def add_up(self) -> tuple[tuple[Counter, Counter, Counter], str]:
-        """Samples, replaced and rejected ones of all ranks since the run began, by dataset, and why one was replaced.
-        Collective."""
-        everyone = self.world.gather_objects((self.seen, self.skipped, self.rejected, self.last_failure))
-        counts = tuple(sum((part[which] for part in everyone), Counter()) for which in range(3))
-        return counts, next((part[3] for part in everyone if part[3]), "")
-
     def measure(self) -> dict[str, float]:
-        """Samples taken, replaced and rejected by stages so far, over all ranks and since the run began. Collective.
-
-        Raises UserError, on every rank, where too many had to be replaced.
-        """
-        (seen, skipped, rejected), failure = self.add_up()
-        values = {"data/skipped": skipped.total()}
+        """Samples taken, replaced and rejected by stages so far, over all ranks and since the run began."""
+        values = {"data/skipped": sum(self.tally.skipped)}
         if self.config.stages:
-            values["data/rejected"] = rejected.total()
+            values["data/rejected"] = sum(self.tally.rejected)
         if len(self.supply.names) > 1:
-            for number, name in enumerate(self.supply.names):
-                values |= {f"data/samples/{name}": seen[number], f"data/skipped/{name}": skipped[number]}
-        if seen.total() >= JUDGE_AFTER_SAMPLES and skipped.total() > self.config.max_bad_share * seen.total():
-            raise UserError(
-                f"{', '.join(self.supply.names)}: {skipped.total()} of {seen.total()} samples could not be used, more than "
-                f"data.max_bad_share = {self.config.max_bad_share:g}; one of them: {failure}. {ADVICE}"
-            )
+            taken = self.supply.count(self.position)
+            for name, seen, skipped in zip(self.supply.names, taken, self.tally.skipped, strict=True):
+                values |= {f"data/samples/{name}": seen, f"data/skipped/{name}": skipped}
         return values
 
     def batch_bytes(self) -> int:
@@ -281,7 +268,8 @@ class Loader:
             extra={name: [None] * rows for name in self.config.fields},
         )
         lists = [[[] for _ in range(rows)] for _ in range(2)]
-        filling = Filling(batch, self.supply.draw(positions), *lists, [0] * rows, batch.image.numpy())
+        draw, datasets = self.supply.draw(positions), len(self.supply.names)
+        filling = Filling(batch, draw, *lists, [0] * rows, batch.image.numpy(), datasets)
         step = max(1, min(MAX_ROWS_A_TASK, rows // (2 * max(1, self.config.threads))))
         for first in range(0, rows, step):
             filling.tasks.append(pool.submit(self.fill, filling, first, min(rows, first + step)))
@@ -337,30 +325,40 @@ class Loader:
         epoch = int(filling.draw.places.epoch[row])
         return choose_caption(captions, self.captions[filling.dataset(row)], self.seed, epoch, raw.key)
 
-    def count(self, filling: Filling) -> None:
-        """Take note of a batch that is handed out, and of its bad samples in the order of positions."""
-        self.position += self.global_batch
-        batch = filling.batch
-        for row, failures in enumerate(filling.failures):
-            self.rejected[filling.dataset(row)] += filling.rejected[row]
-            self.note(filling.dataset(row), failures)
-        if self.supply.ledger:
-            filled = np.array([key != "" for key in batch.keys])  # what did not arrive is not booked
-            self.supply.ledger.add(filling.draw.places.where(filled))
+    def judge(self, filling: Filling, parts: Sequence[Part], world: World) -> Tally:
+        """The tally with a global batch more, of which `filling` is this rank's part. Collective.
 
-    def note(self, dataset: int, failures: list[Exception]) -> None:
-        """Count a sample, name the first bad one and each thousandth, and stop where many in a row are bad."""
-        self.seen[dataset] += 1
-        self.bad_in_a_row = self.bad_in_a_row + 1 if failures else 0
-        if not failures:
-            return
-        self.skipped[dataset] += 1
-        name, skipped = self.supply.names[dataset], self.skipped.total()
-        self.last_failure = f"{name}: {failures[0]}"
-        if skipped == 1 or skipped % 1000 == 0:
-            log.warning("%s: a sample was replaced, %d so far: %s", name, skipped, failures[0])
-        if self.bad_in_a_row == MAX_BAD_IN_A_ROW:
-            raise UserError(f"{name}: {MAX_BAD_IN_A_ROW} samples in a row could not be used: {failures[0]}. {ADVICE}")
+        Names the first bad sample, and each thousandth. Raises UserError, on every rank, where too many were bad.
+        """
+        tally, number = self.tally.add(parts), sum(self.tally.skipped)
+        number += sum(sum(part.skipped) for part in parts[: world.rank])
+        for row, failures in enumerate(filling.failures if any(filling.part.skipped) else ()):
+            if failures:
+                number += 1
+                name = self.supply.names[filling.dataset(row)]
+                self.last_failure = f"{name}: {failures[0]}"
+                if number == 1 or number % 1000 == 0:
+                    log.warning("%s: a sample was replaced, %d so far: %s", name, number, failures[0])
+        seen, skipped, problem = self.position + self.global_batch, sum(tally.skipped), ""
+        names = ", ".join(self.supply.names)
+        if tally.longest >= MAX_BAD_IN_A_ROW:
+            problem = f"{names}: {MAX_BAD_IN_A_ROW} samples in a row could not be used"
+        elif seen >= JUDGE_AFTER_SAMPLES and skipped > self.config.max_bad_share * seen:
+            share = f"data.max_bad_share = {self.config.max_bad_share:g}"
+            problem = f"{names}: {skipped} of {seen} samples could not be used, more than {share}"
+        if problem:
+            examples = [example for example in world.gather_objects(self.last_failure) if example]
+            told = f"; one of them: {examples[0]}" if examples else ""
+            raise UserError(f"{problem}{told}. {ADVICE}")
+        return tally
+
+    def count(self, filling: Filling, tally: Tally) -> None:
+        """Take note of a batch that is handed out."""
+        self.position += self.global_batch
+        self.tally = tally
+        if self.supply.ledger:
+            filled = np.array([key != "" for key in filling.batch.keys])  # what did not arrive is not booked
+            self.supply.ledger.add(filling.draw.places.where(filled))
 
 
 class Batches:
@@ -375,27 +373,37 @@ class Batches:
         self.pending: deque[Filling] = deque()
         self.submitted = loader.position
         self.problem: UserError | None = None
+        self.agreed: Tally | None = None  # that the next batch leads to, once all ranks know it
 
     def __iter__(self) -> "Batches":
         return self
 
     def __next__(self) -> Batch:
-        """The next batch, for which this rank waits as long as it takes. It counts as taken from now on."""
-        try:
-            self.wait(lambda: False)
-        except BaseException:
-            self.close()
-            raise
-        filling = self.pending.popleft()
-        self.loader.count(filling)
+        """The next batch, which counts as taken from now on.
+
+        Without `agree` before it, this rank waits as long as it takes, and judges by its own rows alone: the way of one that
+        is looked at without the others.
+        """
+        loader = self.loader
+        if self.agreed is None:
+            try:
+                self.wait(lambda: False)
+                filling = self.pending[0]
+                self.agreed = loader.judge(filling, [filling.part], World())
+            except BaseException:
+                self.close()
+                raise
+        filling, tally, self.agreed = self.pending.popleft(), self.agreed, None
+        loader.count(filling, tally)
         return filling.batch
 
     def agree(self, ask: Callable[[], list[bool]] = list) -> list[bool]:
         """Wait until every rank has its next batch, or somebody asks for something. Collective.
 
         `ask` says what is asked of this rank; returned is what is asked of any. If that is nothing, `next` gives the batch
-        at once. This takes one sum over the ranks, and another each AGREE_EVERY_S while one of them waits for its data.
-        Raises UserError on every rank where one cannot get its data.
+        at once. This takes one sum over the ranks, another each AGREE_EVERY_S while one of them waits for its data, and where
+        there are bad samples one exchange of some numbers. Raises UserError on every rank where one cannot get its data, or
+        where too many samples are bad.
         """
         world = self.loader.world
         while True:
@@ -405,12 +413,16 @@ class Batches:
             except UserError as error:
                 self.problem = error
             asked = ask()
-            waiting, failed, *wanted = world.add([not ready, self.problem is not None, *asked])
+            dirty = ready and not self.pending[0].part.is_clean
+            waiting, failed, dirty, *wanted = world.add([not ready, self.problem is not None, dirty, *asked])
             if any(wanted):
                 return [number > 0 for number in wanted]
             if failed:
                 raise_everywhere(self.problem, "has no data to go on", world)
             if not waiting:
+                filling = self.pending[0]
+                numbers = world.gather_numbers(filling.part.numbers()) if dirty else [filling.part.numbers()]
+                self.agreed = self.loader.judge(filling, [Part.of_numbers(part) for part in numbers], world)
                 return [False] * len(asked)
 
     def wait(self, interrupted: Callable[[], bool], limit_s: float = math.inf) -> bool:

@@ -53,6 +53,7 @@ class Supply(Protocol):
     can_stall: bool  # whether a read may wait for a store or a command, without end
 
     def describe(self) -> dict[str, Any]: ...
+    def count(self, position: int) -> list[int]: ...
     def open(self, position: int, under_way: int) -> None: ...
     def draw(self, positions: np.ndarray) -> Draw: ...
     def read(self, draw: Draw, row: int, attempt: int) -> RawSample: ...
@@ -96,6 +97,10 @@ class IndexedSupply:
     def describe(self) -> dict[str, Any]:
         """What the order of samples depends on."""
         return {"datasets": self._fingerprints, **self.order.describe()}
+
+    def count(self, position: int) -> list[int]:
+        """Samples of each dataset before `position`."""
+        return self.order.count(position).tolist()
 
     def open(self, position: int, under_way: int) -> None:
         self._readers = [open_reader(manifest, self._cache) for manifest in self.manifests]
@@ -148,6 +153,9 @@ class StreamSupply:
 
     def describe(self) -> dict[str, Any]:
         return {"stream": self.names[0]}
+
+    def count(self, position: int) -> list[int]:
+        return [position]
 
     def open(self, position: int, under_way: int) -> None:
         self._reader = StreamReader(self.names[0], self._config, seed=self._seed, rank=self._rank, position=position)

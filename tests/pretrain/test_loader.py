@@ -25,7 +25,7 @@ from ranks import run_on_ranks
 from stores import serve, wait_for
 
 from data_tools.errors import UserError
-from data_tools.shards import Manifest, write_shard
+from data_tools.shards import Manifest, ShardError, write_shard
 from pretrain.config import ConfigError
 from pretrain.data.augment import AugmentConfig
 from pretrain.data.cache import CacheConfig
@@ -254,7 +254,7 @@ def test_a_damaged_sample_is_replaced_without_shifting_the_rest(
     tar.write_bytes(data)
     loader = make(damaged, tokenizer)
     after = take(loader, 6)
-    assert loader.skipped[0] >= 1 and "replaced" in caplog.text
+    assert loader.tally.skipped[0] >= 1 and "replaced" in caplog.text
     for step, (batch, expected) in enumerate(zip(after, before, strict=True)):
         for row in range(8):
             if expected.keys[row] == victim:
@@ -294,13 +294,78 @@ def test_too_many_bad_samples_end_the_run_also_over_resumes(tmp_path: Path) -> N
     for config in (strict, lenient):
         loader = Loader(config, NoTokenizer(), 8, 25, 3, World())
         loader.restore(state)
-        take(loader, 10)
         if config is lenient:
+            take(loader, 10)
             assert 150 < loader.measure()["data/skipped"] < 250
             continue
+        take(loader, 9)
         message = r"of 1000 samples could not be used, more than data.max_bad_share = 0.05; one of them"
         with pytest.raises(UserError, match=message):
-            loader.measure()
+            take(loader, 1)
+
+
+def read_badly(world: World, path: str, bad: range, state: dict | None, share: float) -> tuple[int, dict, str]:
+    """Steps done, the state then and how it ended, where the samples of some positions are bad."""
+    read = IndexedSupply.read
+
+    def read_or_fail(supply, draw, row: int, attempt: int):
+        if draw.positions[row] in bad and not attempt:
+            raise ShardError("injected")
+        return read(supply, draw, row, attempt)
+
+    IndexedSupply.read = read_or_fail
+    loader = Loader(DataConfig(path=path, max_bad_share=share), NoTokenizer(), 8, 20, 0, world)
+    if state:
+        loader.restore(state)
+    batches, end = iter(loader), ""
+    try:
+        for _ in range(60):
+            batches.agree()
+            next(batches)
+    except UserError as error:
+        end = str(error)
+    finally:
+        batches.close()
+        IndexedSupply.read = read
+    return loader.position // 20, loader.state(), end
+
+
+@pytest.mark.parametrize(
+    ("bad", "share", "steps", "message"),
+    [
+        (range(313, 413), 1.0, 20, "100 samples in a row could not be used; one of them: .*injected"),
+        (range(313, 412), 1.0, 60, ""),
+        (range(0, 1200, 10), 0.09, 49, "100 of 1000 samples could not be used, more than data.max_bad_share = 0.09"),
+    ],
+)
+def test_bad_samples_are_judged_alike_on_any_number_of_ranks(bad, share, steps, message, tmp_path: Path) -> None:
+    path = str(write_dataset(tmp_path / "a", [200, 100]))
+    first = read_badly(World(), path, bad, None, share)
+    assert first[0] == steps and re.search(message, first[2])
+    for ranks in (2, 4):
+        told = run_on_ranks(read_badly, ranks, path, bad, None, share)
+        assert {(done, end) for done, _, end in told} == {(steps, first[2])}
+        assert told[0][1] == first[1]
+
+
+def test_bad_samples_in_a_row_are_counted_over_a_resume(tmp_path: Path) -> None:
+    path = write_dataset(tmp_path / "a", [200, 100])
+    bad = range(313, 413)
+    loader = Loader(DataConfig(path=str(path), max_bad_share=1), NoTokenizer(), 8, 20, 0, World())
+    read = loader.supply.read
+
+    def read_or_fail(draw, row: int, attempt: int):
+        if draw.positions[row] in bad and not attempt:
+            raise ShardError("injected")
+        return read(draw, row, attempt)
+
+    loader.supply.read = read_or_fail
+    take(loader, 18)
+    state = json.loads(json.dumps(loader.state()))
+    assert state["tally"]["in_a_row"] == 47
+    for ranks in (1, 2):
+        told = run_on_ranks(read_badly, ranks, str(path), bad, state, 1.0)
+        assert all(done == 20 and "100 samples in a row" in end for done, _, end in told)
 
 
 def test_a_dataset_with_nothing_usable_says_so(tmp_path: Path) -> None:
@@ -315,7 +380,7 @@ def test_a_vanished_shard_is_so_many_bad_samples(tmp_path: Path) -> None:
     loader = Loader(DataConfig(path=str(path), max_bad_share=1), NoTokenizer(), 8, 10, 0, World())
     (path / "00007.tar").unlink()
     keys = [key for batch in take(loader, 20) for key in batch.keys]
-    assert len(keys) == 200 and not any(key.startswith("s0007") for key in keys) and loader.skipped[0] == 10
+    assert len(keys) == 200 and not any(key.startswith("s0007") for key in keys) and loader.tally.skipped == (10,)
 
 
 def test_a_mistake_in_the_program_is_not_a_bad_sample(tmp_path: Path) -> None:
@@ -536,7 +601,7 @@ def test_stages_and_other_fields(tmp_path: Path, monkeypatch) -> None:
             for key, extra in zip(batch.keys, batch.extra["json"], strict=True)
         )
         assert batch.extra["cls"] == [None] * 10
-    assert not loader.skipped  # what a stage rejects is not bad
+    assert loader.tally.skipped == (0,)  # what a stage rejects is not bad
 
 
 def is_the_first(sample: dict) -> bool:

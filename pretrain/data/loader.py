@@ -29,6 +29,7 @@ from pretrain.data.augment import AugmentConfig, train_pixels
 from pretrain.data.cache import CacheConfig
 from pretrain.data.decode import BadSample
 from pretrain.data.fields import decode_fields
+from pretrain.data.order import Places
 from pretrain.data.stages import Rejected, StageConfig, load_stages
 from pretrain.data.streaming import StreamConfig
 from pretrain.data.supply import BAD_READS, Draw, open_supply
@@ -146,6 +147,7 @@ class Filling:
     true_text_ids: list[list[int]]  # [B] of all captions of each picture
     failures: list[list[Exception]]  # [B] why samples before the one that was taken could not be used
     rejected: list[int]  # [B] samples before it that stages did not want
+    origins: list[tuple[int, int] | None]  # [B] where the samples of the order were read; None: they could not be
     pixels: np.ndarray  # uint8 [B,3,S,S], the memory of `batch.image`
     datasets: int  # that there are
     tasks: list[Future] = field(default_factory=list)
@@ -269,7 +271,7 @@ class Loader:
         )
         lists = [[[] for _ in range(rows)] for _ in range(2)]
         draw, datasets = self.supply.draw(positions), len(self.supply.names)
-        filling = Filling(batch, draw, *lists, [0] * rows, batch.image.numpy(), datasets)
+        filling = Filling(batch, draw, *lists, [0] * rows, [None] * rows, batch.image.numpy(), datasets)
         step = max(1, min(MAX_ROWS_A_TASK, rows // (2 * max(1, self.config.threads))))
         for first in range(0, rows, step):
             filling.tasks.append(pool.submit(self.fill, filling, first, min(rows, first + step)))
@@ -293,7 +295,10 @@ class Loader:
         failures = filling.failures[row]
         while len(failures) < MAX_BAD_IN_A_ROW:
             try:
-                raw = self.supply.read(filling.draw, row, len(failures) + filling.rejected[row])
+                attempt = len(failures) + filling.rejected[row]
+                raw = self.supply.read(filling.draw, row, attempt)
+                if not attempt:
+                    filling.origins[row] = raw.origin
                 return self.decode(self.stages(raw), filling, row)
             except Rejected as error:
                 filling.rejected[row] += 1
@@ -357,8 +362,17 @@ class Loader:
         self.position += self.global_batch
         self.tally = tally
         if self.supply.ledger:
-            filled = np.array([key != "" for key in filling.batch.keys])  # what did not arrive is not booked
-            self.supply.ledger.add(filling.draw.places.where(filled))
+            self.book(filling)
+
+    def book(self, filling: Filling) -> None:
+        """Enter into the ledger what was read for a batch, and of what could not be read, what should have been."""
+        rows = [row for row, key in enumerate(filling.batch.keys) if key]  # what did not arrive is not booked
+        places = filling.draw.places
+        origins = [filling.origins[row] or self.supply.origin(filling.draw, row) for row in rows]
+        shard, place = np.array(origins, np.int64).reshape(-1, 2).T
+        as_drawn = [not filling.failures[row] and not filling.rejected[row] for row in rows]
+        keys = np.where(as_drawn, filling.batch.image_id.numpy()[rows], 0).view(np.uint64)
+        self.supply.ledger.add(Places(places.dataset[rows], places.epoch[rows], shard, place), keys)
 
 
 class Batches:

@@ -57,6 +57,7 @@ class Supply(Protocol):
     def open(self, position: int, under_way: int) -> None: ...
     def draw(self, positions: np.ndarray) -> Draw: ...
     def read(self, draw: Draw, row: int, attempt: int) -> RawSample: ...
+    def origin(self, draw: Draw, row: int) -> tuple[int, int]: ...
     def close(self) -> None: ...
 
 
@@ -85,7 +86,8 @@ class IndexedSupply:
         check_batch(global_batch, self.names, samples, weights)
         counts = [manifest.counts for manifest in self.manifests]
         self.order = build_order(counts, weights, seed, global_batch, config.window_samples)
-        self.ledger = Ledger(self.order, self.names, self._fingerprints)
+        places = [manifest.places if manifest.selection else None for manifest in self.manifests]
+        self.ledger = Ledger(self.order, self.names, self._fingerprints, places)
         self.can_stall = any(isinstance(manifest.tars, RemoteFolder) for manifest in self.manifests)
         passes = [Fraction(str(entry.epochs or 1)) for entry in entries]
         self.epoch_samples = round(sum(times * own for times, own in zip(passes, samples, strict=True)))
@@ -119,6 +121,11 @@ class IndexedSupply:
         if attempt:
             shard, place = self.order.replacement(int(draw.positions[row]), dataset, attempt)
         return self._readers[dataset].read_selected(shard, place)
+
+    def origin(self, draw: Draw, row: int) -> tuple[int, int]:
+        """Where the sample of a row is to be read: number of the shard, place in its tar."""
+        dataset, shard, place = (int(part[row]) for part in (draw.places.dataset, draw.places.shard, draw.places.place))
+        return shard, int(self.manifests[dataset].places(shard)[place])
 
     def close(self) -> None:
         for reader in self._readers:
@@ -175,6 +182,10 @@ class StreamSupply:
             except Exception as error:
                 self._failure = ReaderClosed() if isinstance(error, StopIteration) else error
                 raise self._failure from None
+
+    def origin(self, draw: Draw, row: int) -> tuple[int, int]:
+        """As many as come, each once."""
+        return 0, int(draw.positions[row])
 
     def close(self) -> None:
         self._reader.close()

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from ranks import run_on_ranks
 from stores import serve, wait_for
 
 from data_tools.errors import UserError
-from data_tools.shards import Manifest, ShardError, write_shard
+from data_tools.shards import Manifest, ShardError, ShardReader, write_shard
 from pretrain.config import ConfigError
 from pretrain.data.augment import AugmentConfig
 from pretrain.data.cache import CacheConfig
@@ -440,6 +441,40 @@ def test_each_epoch_ends_with_a_proof(tmp_path: Path, caplog, monkeypatch) -> No
     assert run(None).count("25 samples, each once") == 2 and "ERROR" not in run(None)
     text = run(33)
     assert text.count("25 samples, each once") == 1 and text.count("ERROR") == 1 and "not each once" in text
+
+
+@pytest.mark.parametrize("how", ["another place", "another shard", "bytes of another", None])
+@pytest.mark.parametrize("view", [False, True])
+def test_a_reader_that_gives_the_wrong_sample_raises_the_alarm(
+    how, view: bool, tmp_path: Path, caplog, monkeypatch
+) -> None:
+    path = write_dataset(tmp_path / "a", [10, 17])
+    if view:  # of 25 of them
+        (path / "quarantine.json").write_text('{"00001.tar": {"0": "dark", "5": "dark"}}')
+    read_selected, reads = ShardReader.read_selected, Counter()
+
+    def read_wrongly(reader, shard: int, place: int):
+        raw = read_selected(reader, shard, place)
+        reads[shard, place] += 1
+        if how and (shard, place) == (1, 3) and reads[shard, place] == 2:
+            other = read_selected(reader, *((0, 3) if how == "another shard" else (1, 4)))
+            return replace(other, origin=raw.origin) if how == "bytes of another" else other
+        return raw
+
+    monkeypatch.setattr(ShardReader, "read_selected", read_wrongly)
+    caplog.set_level("INFO")
+    loader = Loader(DataConfig(path=str(path), threads=0), NoTokenizer(), 8, 9, 0, World())
+    batches = iter(loader)
+    while loader.position < 3 * (25 if view else 27) + 9:
+        next(batches)
+        loader.close_epochs()
+    batches.close()
+    alarms = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    proofs = [text for text in caplog.messages if ", each once (fingerprint" in text]
+    assert (len(proofs), len(alarms)) == ((2, 1) if how else (3, 0))
+    if how:
+        expected = "keys are not those of an epoch before" if how == "bytes of another" else "not each once"
+        assert "epoch 1 of" in alarms[0] and expected in alarms[0]
 
 
 def count_epochs(world: World, path: str) -> list[str]:

@@ -45,9 +45,11 @@ def load_dataset(path: str, cache: CacheConfig) -> Manifest:
     return _index_once(path, cache) if is_foreign else Manifest.load(folder)
 
 
-def open_reader(manifest: Manifest, cache: CacheConfig) -> ShardReader:
+def open_reader(manifest: Manifest, cache: CacheConfig, max_open_shards: int = 512) -> ShardReader:
     """Reads local shards in place, remote ones through the cache. To be closed."""
-    return CachedReader(manifest, cache) if isinstance(manifest.tars, RemoteFolder) else ShardReader(manifest)
+    if isinstance(manifest.tars, RemoteFolder):
+        return CachedReader(manifest, cache, max_open_shards)
+    return ShardReader(manifest, max_open_shards)
 
 
 def _open_folder(path: str, cache: CacheConfig) -> Folder:

@@ -4,6 +4,7 @@
 that failed, one in its stead.
 """
 
+import resource
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +31,10 @@ BAD_READS = (ShardError, BadSample)
 """What is wrong with one sample; anything else ends the run."""
 
 LOOK_AHEAD_SAMPLES = 16_384  # of a rank: the shards that a reader which fetches them is told of in advance
+
+LEAST_OPEN_SHARDS = 512
+INDEX_BYTES = 256 * 2**20  # of a rank, for the indexes of open shards
+OTHER_FILES = 1024  # that a rank may need for anything else
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,9 @@ class IndexedSupply:
         return self.order.count(position).tolist()
 
     def open(self, position: int, under_way: int) -> None:
-        self._readers = [open_reader(manifest, self._cache) for manifest in self.manifests]
+        limits = share_open_files([manifest.counts for manifest in self.manifests])
+        opened = zip(self.manifests, limits, strict=True)
+        self._readers = [open_reader(manifest, self._cache, most) for manifest, most in opened]
         self._under_way, self._announced = under_way, -1
 
     def draw(self, positions: np.ndarray) -> Draw:
@@ -189,6 +196,26 @@ class StreamSupply:
 
     def close(self) -> None:
         self._reader.close()
+
+
+def share_open_files(counts: Sequence[np.ndarray]) -> list[int]:
+    """How many shards of each dataset may be open at once, of datasets whose shards have so many samples.
+
+    A dataset that fits the window is read from all of its shards at once, and so is each of up to 1,024 streams from its own:
+    with fewer open files, most reads would close one file and open another, and check its index again. So all shards may be
+    open, as far as their indexes fit INDEX_BYTES, and the limit of the process, which is raised as far as the system lets.
+    """
+    shards = sum(len(part) for part in counts)
+    index_bytes = 8 * sum(int(part.sum()) for part in counts) / shards + 1
+    wanted = max(LEAST_OPEN_SHARDS, min(shards, int(INDEX_BYTES / index_bytes)))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY:
+        needed = wanted + OTHER_FILES
+        if needed > soft:
+            soft = needed if hard == resource.RLIM_INFINITY else min(hard, needed)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        wanted = min(wanted, max(soft // 2, soft - OTHER_FILES))
+    return [max(1, wanted * len(part) // shards) for part in counts]
 
 
 def choose_weights(entries: Sequence["DatasetConfig"], samples: Sequence[int]) -> list[int]:

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -23,7 +24,7 @@ from hypothesis import strategies as st
 from paths import ROOT
 from PIL import Image
 from ranks import run_on_ranks
-from stores import serve, wait_for
+from stores import serve, wait_for, write_shards
 
 from data_tools.errors import UserError
 from data_tools.shards import Manifest, ShardError, ShardReader, write_shard
@@ -32,7 +33,7 @@ from pretrain.data.augment import AugmentConfig
 from pretrain.data.cache import CacheConfig
 from pretrain.data.loader import DataConfig, Loader, open_loader
 from pretrain.data.streaming import StreamReader
-from pretrain.data.supply import IndexedSupply
+from pretrain.data.supply import IndexedSupply, share_open_files
 from pretrain.data.text import ClipTokenizerConfig, build_tokenizer
 from pretrain.world import World
 
@@ -571,6 +572,34 @@ def test_a_store_that_goes_away_for_a_while(tmp_path: Path) -> None:
         batches.close()
         assert not [name for name in os.listdir(tmp_path / "cache") if name.endswith(".part")]
     wait_for(lambda: not {thread for thread in set(threading.enumerate()) - before if thread.name.startswith("fetch")})
+
+
+def test_each_of_many_shards_is_opened_once(tmp_path: Path, monkeypatch) -> None:
+    path, opened = write_shards(tmp_path / "a", shards=600, samples=2, size=10).directory.path, Counter()
+    open_shard = ShardReader._open_shard
+
+    def open_and_count(reader, number: int, *others):
+        opened[number] += 1
+        return open_shard(reader, number, *others)
+
+    monkeypatch.setattr(ShardReader, "_open_shard", open_and_count)
+    supply = IndexedSupply(config := DataConfig(path=str(path)), config.entries(), 0, 100)
+    supply.open(0, 0)
+    for first in range(0, 3600, 100):
+        draw = supply.draw(np.arange(first, first + 100))
+        assert all(supply.read(draw, row, 0) for row in range(100))
+    supply.close()
+    assert len(opened) == 600 == opened.total()
+
+
+def test_open_files_are_shared_within_the_limit(monkeypatch) -> None:
+    limits = [(1024, 4096)]
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits[-1])
+    monkeypatch.setattr(resource, "setrlimit", lambda _, both: limits.append(both))
+    assert share_open_files([np.full(100, 10)]) == [512]  # as ever
+    assert share_open_files([np.full(600, 10), np.full(1200, 10)]) == [600, 1200] and limits[-1] == (2824, 4096)
+    assert share_open_files([np.full(100_000, 10)]) == [3072] and limits[-1] == (4096, 4096)
+    assert share_open_files([np.full(1000, 100_000)]) == [512]  # whose indexes are large
 
 
 def test_a_stream(tmp_path: Path) -> None:

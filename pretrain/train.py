@@ -140,7 +140,8 @@ def train_steps(config: RunConfig, life: Life, world: World) -> int:
     import_deepspeed()  # before transformers does, which would not keep its linker quiet
     tokenizer = build_tokenizer(config.model.tokenizer, config.model.text.context_length)
     image_size, batch_size = config.model.image.image_size, config.train.batch_size
-    loader = open_loader(config.data, tokenizer, image_size, batch_size, config.seed, world)
+    record = Path(config.run) / "data"
+    loader = open_loader(config.data, tokenizer, image_size, batch_size, config.seed, world, record)
     newest = find_checkpoint(config, world)
     model = build_model(config.model, tokenizer, config.seed, world).train()
     micro_batch_size = fit_micro_batch(config.train, newest, world)
@@ -166,6 +167,7 @@ def train_steps(config: RunConfig, life: Life, world: World) -> int:
     steps = config.train.steps(loader.supply.epoch_samples)
     if world.is_main:
         describe_run(config)
+        loader.supply.put_on_record(record)
         samples = "a stream" if loader.supply.epoch_samples is None else f"{loader.supply.epoch_samples:,} samples"
         log.info("%s: %s, %s, step %d of %d", config.run, size_of(engine), samples, step, steps)
 

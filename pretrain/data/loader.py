@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent import futures
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import numpy as np
@@ -30,6 +31,7 @@ from pretrain.data.cache import CacheConfig
 from pretrain.data.decode import BadSample
 from pretrain.data.fields import decode_fields
 from pretrain.data.order import Places
+from pretrain.data.record import BadSamples
 from pretrain.data.stages import Rejected, StageConfig, load_stages
 from pretrain.data.streaming import StreamConfig
 from pretrain.data.supply import BAD_READS, Draw, open_supply
@@ -176,8 +178,16 @@ class Loader:
     """
 
     def __init__(
-        self, config: DataConfig, tokenizer: Tokenizer, image_size: int, global_batch: int, seed: int, world: World
+        self,
+        config: DataConfig,
+        tokenizer: Tokenizer,
+        image_size: int,
+        global_batch: int,
+        seed: int,
+        world: World,
+        record: Path | None = None,
     ):
+        """`record`: the folder of what is put on record of the data (see record.py); None: nothing is."""
         if global_batch % world.size:
             near = [size for size in range(1, global_batch + 1) if global_batch % size == 0]
             raise ConfigError(
@@ -186,6 +196,7 @@ class Loader:
             )
         self.config, self.tokenizer, self.image_size, self.world, self.seed = config, tokenizer, image_size, world, seed
         self.supply = open_supply(config, seed, global_batch, world.rank)
+        self.record, self.bad_samples = record, BadSamples(record, world.rank) if record else None
         self.stages = load_stages(config.stages)
         self.captions = [entry.captions for entry in config.entries()]
         self.global_batch, self.rows = global_batch, global_batch // world.size
@@ -210,6 +221,11 @@ class Loader:
         """Continue where `state` was taken. Raises ConfigError when the order would no longer be the same."""
         now = {"seed": self.seed, "global_batch": self.global_batch, **self.supply.describe()}
         then = {"seed": state["seed"], "global_batch": state["global_batch"], **state["supply"]}
+        if changes := self.supply.explain_changes(state["supply"], self.record):
+            raise ConfigError(
+                f"the data have changed since the run was started, so the order of samples would change: {changes}. Put them "
+                "back, or start a new run folder."
+            )
         for name in now | then:
             if now.get(name) != then.get(name):
                 raise ConfigError(
@@ -337,13 +353,15 @@ class Loader:
         """
         tally, number = self.tally.add(parts), sum(self.tally.skipped)
         number += sum(sum(part.skipped) for part in parts[: world.rank])
-        for row, failures in enumerate(filling.failures if any(filling.part.skipped) else ()):
-            if failures:
-                number += 1
-                name = self.supply.names[filling.dataset(row)]
-                self.last_failure = f"{name}: {failures[0]}"
-                if number == 1 or number % 1000 == 0:
-                    log.warning("%s: a sample was replaced, %d so far: %s", name, number, failures[0])
+        bad = [row for row, failures in enumerate(filling.failures) if failures] if any(filling.part.skipped) else []
+        if self.bad_samples:
+            self.bad_samples.add(self.describe_bad(filling, row) for row in bad)
+        for row in bad:
+            number += 1
+            name, failures = self.supply.names[filling.dataset(row)], filling.failures[row]
+            self.last_failure = f"{name}: {failures[0]}"
+            if number == 1 or number % 1000 == 0:
+                log.warning("%s: a sample was replaced, %d so far: %s", name, number, failures[0])
         seen, skipped, problem = self.position + self.global_batch, sum(tally.skipped), ""
         names = ", ".join(self.supply.names)
         if tally.longest >= MAX_BAD_IN_A_ROW:
@@ -356,6 +374,12 @@ class Loader:
             told = f"; one of them: {examples[0]}" if examples else ""
             raise UserError(f"{problem}{told}. {ADVICE}")
         return tally
+
+    def describe_bad(self, filling: Filling, row: int) -> dict[str, Any]:
+        """Of a row whose sample was replaced: which one, and why."""
+        reason = str(filling.failures[row][0])
+        where = self.supply.locate(filling.draw, row)
+        return {"position": int(filling.draw.positions[row]), **where, "reason": reason}
 
     def count(self, filling: Filling, tally: Tally) -> None:
         """Take note of a batch that is handed out."""
@@ -483,7 +507,13 @@ def raise_everywhere(problem: UserError | None, what: str, world: World) -> NoRe
 
 
 def open_loader(
-    config: DataConfig, tokenizer: Tokenizer, image_size: int, global_batch: int, seed: int, world: World
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    image_size: int,
+    global_batch: int,
+    seed: int,
+    world: World,
+    record: Path | None = None,
 ) -> Loader:
     """A `Loader` on every rank, of the same data. Collective.
 
@@ -492,7 +522,7 @@ def open_loader(
     """
     loader = problem = None
     try:
-        loader = Loader(config, tokenizer, image_size, global_batch, seed, world)
+        loader = Loader(config, tokenizer, image_size, global_batch, seed, world, record)
     except UserError as error:
         problem = error
     described = loader.supply.describe() if loader else {}

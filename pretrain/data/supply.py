@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import lcm
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -21,6 +22,7 @@ from pretrain.data.cache import ReaderClosed
 from pretrain.data.decode import BadSample
 from pretrain.data.ledger import Ledger
 from pretrain.data.order import Places, build_order
+from pretrain.data.record import explain_changes, write_datasets
 from pretrain.data.sources import is_stream, load_dataset, open_reader
 from pretrain.data.streaming import StreamReader
 
@@ -58,11 +60,14 @@ class Supply(Protocol):
     can_stall: bool  # whether a read may wait for a store or a command, without end
 
     def describe(self) -> dict[str, Any]: ...
+    def explain_changes(self, then: dict[str, Any], record: Path | None) -> str: ...
+    def put_on_record(self, record: Path) -> None: ...
     def count(self, position: int) -> list[int]: ...
     def open(self, position: int, under_way: int) -> None: ...
     def draw(self, positions: np.ndarray) -> Draw: ...
     def read(self, draw: Draw, row: int, attempt: int) -> RawSample: ...
     def origin(self, draw: Draw, row: int) -> tuple[int, int]: ...
+    def locate(self, draw: Draw, row: int) -> dict[str, Any]: ...
     def close(self) -> None: ...
 
 
@@ -105,6 +110,14 @@ class IndexedSupply:
         """What the order of samples depends on."""
         return {"datasets": self._fingerprints, **self.order.describe()}
 
+    def explain_changes(self, then: dict[str, Any], record: Path | None) -> str:
+        """How the datasets differ from those of what `describe` gave `then`, in one line; "" if they do not."""
+        return explain_changes(record, then.get("datasets", []), self.names, self.manifests)
+
+    def put_on_record(self, record: Path) -> None:
+        """Leave there what `explain_changes` compares with."""
+        write_datasets(record, self.names, self.manifests)
+
     def count(self, position: int) -> list[int]:
         """Samples of each dataset before `position`."""
         return self.order.count(position).tolist()
@@ -133,6 +146,11 @@ class IndexedSupply:
         """Where the sample of a row is to be read: number of the shard, place in its tar."""
         dataset, shard, place = (int(part[row]) for part in (draw.places.dataset, draw.places.shard, draw.places.place))
         return shard, int(self.manifests[dataset].places(shard)[place])
+
+    def locate(self, draw: Draw, row: int) -> dict[str, Any]:
+        """The same by name, as quarantine.json has it."""
+        dataset, (shard, place) = int(draw.places.dataset[row]), self.origin(draw, row)
+        return {"dataset": self.names[dataset], "shard": self.manifests[dataset].shards[shard].name, "place": place}
 
     def close(self) -> None:
         for reader in self._readers:
@@ -168,6 +186,12 @@ class StreamSupply:
     def describe(self) -> dict[str, Any]:
         return {"stream": self.names[0]}
 
+    def explain_changes(self, then: dict[str, Any], record: Path | None) -> str:
+        return ""  # nobody knows
+
+    def put_on_record(self, record: Path) -> None:
+        pass
+
     def count(self, position: int) -> list[int]:
         return [position]
 
@@ -193,6 +217,9 @@ class StreamSupply:
     def origin(self, draw: Draw, row: int) -> tuple[int, int]:
         """As many as come, each once."""
         return 0, int(draw.positions[row])
+
+    def locate(self, draw: Draw, row: int) -> dict[str, Any]:
+        return {"dataset": self.names[0]}
 
     def close(self) -> None:
         self._reader.close()

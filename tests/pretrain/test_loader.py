@@ -306,6 +306,67 @@ def test_too_many_bad_samples_end_the_run_also_over_resumes(tmp_path: Path) -> N
             take(loader, 1)
 
 
+def test_bad_samples_are_listed_where_they_lie(tmp_path: Path) -> None:
+    path = write_dataset(tmp_path / "a", [20, 30])
+    (path / "quarantine.json").write_text('{"00001.tar": {"0": "dark"}}')
+    damaged = flip_bytes(path, 0.1)
+    config, record = DataConfig(path=str(path), max_bad_share=1), tmp_path / "run" / "data"
+    loader = Loader(config, NoTokenizer(), 8, 7, 0, World(), record)
+    take(loader, 7)
+    lines = [json.loads(line) for line in (record / "bad-rank-00000.jsonl").read_text().splitlines()]
+    assert {f"s{int(line['shard'][:5]):04d}_{line['place']:04d}" for line in lines} == damaged - {"s0001_0000"}
+    assert len(lines) == sum(loader.tally.skipped) and lines == sorted(lines, key=lambda line: line["position"])
+    assert all(line["dataset"] == str(path) and "picture" in line["reason"] for line in lines)
+
+
+def add_shard(path: Path) -> None:
+    write_dataset(path.parent / "more", [20, 30, 10], name="b")
+    for file in (path.parent / "more").iterdir():
+        shutil.copy(file, path / file.name)
+
+
+def grow_shard(path: Path) -> None:
+    shutil.rmtree(path)
+    write_dataset(path, [20, 31], name="b")
+
+
+def remove_shard(path: Path) -> None:
+    shutil.rmtree(path)
+    write_dataset(path, [20], name="b")
+
+
+def quarantine(path: Path) -> None:
+    (path / "quarantine.json").write_text('{"00001.tar": {"3": "dark"}}')
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (add_shard, "1 shard added (00002.tar); 50 samples then, 60 now"),
+        (remove_shard, "1 shard removed (00001.tar); 50 samples then, 20 now"),
+        (grow_shard, "1 shard of another size (00001.tar); 50 samples then, 51 now"),
+        (quarantine, "1 shard of which other samples count (view or quarantine) (00001.tar); 50 samples then, 49 now"),
+    ],
+)
+def test_a_dataset_that_has_changed_is_named_with_what_has(change, message: str, tmp_path: Path) -> None:
+    paths = [write_dataset(tmp_path / name / "data", [20, 30], name=name) for name in "ab"]
+    config, record = DataConfig(datasets=[{"path": str(path), "weight": 1} for path in paths]), tmp_path / "record"
+    loader = Loader(config, NoTokenizer(), 8, 4, 0, World(), record)
+    loader.supply.put_on_record(record)
+    state = json.loads(json.dumps(loader.state()))
+    change(paths[1])
+    now = Loader(config, NoTokenizer(), 8, 4, 0, World(), record)
+    with pytest.raises(ConfigError, match="the data have changed since the run was started") as caught:
+        now.restore(state)
+    assert f"{paths[1]}: {message}" in str(caught.value) and str(paths[0]) not in str(caught.value)
+    now.record = None  # of a run whose record is gone
+    with pytest.raises(ConfigError, match=f"{paths[1]}: it is another dataset than before"):
+        now.restore(state)
+    alone = Loader(DataConfig(path=str(paths[0])), NoTokenizer(), 8, 4, 0, World(), record)
+    with pytest.raises(ConfigError, match=f"{paths[1]} is gone"):
+        alone.restore(state)
+
+
 def read_badly(world: World, path: str, bad: range, state: dict | None, share: float) -> tuple[int, dict, str]:
     """Steps done, the state then and how it ended, where the samples of some positions are bad."""
     read = IndexedSupply.read

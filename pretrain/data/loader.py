@@ -9,6 +9,7 @@ Shape legend: B pairs per rank, G = B x world, C captions a picture, L text toke
 import logging
 import math
 import socket
+import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -72,7 +73,7 @@ class DataConfig(ConfigModel):
     stages: list[StageConfig] = []  # functions of yours on each sample before it is decoded
     augment: AugmentConfig = AugmentConfig()
     threads: int = pydantic.Field(default=2, ge=0)  # that read and decode, a rank; 0 = the training thread does it
-    prefetch_mib: Count = 128  # decoded ahead, a rank; two batches at least
+    prefetch_mib: Count = 128  # decoded ahead, a rank, `fields` included; two batches at least
     window_samples: Count = 100_000  # that are mixed with each other, over all ranks
     max_bad_share: float = pydantic.Field(default=0.05, ge=0, le=1)  # more samples replaced than this end the run
     cache: CacheConfig = CacheConfig()
@@ -126,6 +127,15 @@ def choose_caption(captions: list[str], how: str, seed: int, epoch: int, key: st
     if how == "turn":
         return captions[(stable_id(f"{seed} {key}") + epoch) % len(captions)]
     return captions[stable_id(f"{seed} {epoch} {key}") % len(captions)]
+
+
+def count_bytes(value: Any) -> int:
+    """About what a decoded field, or many, take in memory."""
+    if isinstance(value, dict):
+        return sum(map(count_bytes, value.values()), sys.getsizeof(value))
+    if isinstance(value, list | tuple):
+        return sum(map(count_bytes, value), sys.getsizeof(value))
+    return value.nbytes if isinstance(value, np.ndarray) else sys.getsizeof(value)
 
 
 class InThisThread(Executor):
@@ -200,6 +210,7 @@ class Loader:
         self.stages = load_stages(config.stages)
         self.captions = [entry.captions for entry in config.entries()]
         self.global_batch, self.rows = global_batch, global_batch // world.size
+        self.extra_bytes: int | None = None  # of the largest of `data.fields` in a batch so far
         self.position = 0
         none = (0,) * len(self.supply.names)
         self.tally = Tally(none, none)  # of all ranks up to `position`
@@ -260,7 +271,10 @@ class Loader:
         """Batches that are under way beside the one that is taken."""
         if not self.config.threads:
             return 0  # the training thread would do all of it before it got the first
-        return min(MAX_AHEAD_BATCHES, max(2, self.config.prefetch_mib * 2**20 // self.batch_bytes()))
+        if self.config.fields and self.extra_bytes is None:
+            return 2  # until it is known how large they are
+        whole = self.batch_bytes() + (self.extra_bytes or 0)
+        return min(MAX_AHEAD_BATCHES, max(2, self.config.prefetch_mib * 2**20 // whole))
 
     def __iter__(self) -> "Batches":
         return Batches(self)
@@ -472,7 +486,10 @@ class Batches:
             if left_s <= 0 or interrupted():
                 return False
             futures.wait(waiting, min(left_s, POLL_S))
-        filling.finish()
+        if filling.part is None:
+            filling.finish()
+            if filling.batch.extra:
+                self.loader.extra_bytes = max(self.loader.extra_bytes or 0, count_bytes(filling.batch.extra))
         return True
 
     def start_ahead(self) -> None:

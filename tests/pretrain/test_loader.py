@@ -10,7 +10,9 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
+from contextlib import closing
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -727,6 +729,32 @@ def test_stages_and_other_fields(tmp_path: Path, monkeypatch) -> None:
         )
         assert batch.extra["cls"] == [None] * 10
     assert loader.tally.skipped == (0,)  # what a stage rejects is not bad
+
+
+def test_large_fields_count_as_read_ahead(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "a").mkdir()
+    with write_shard(tmp_path / "a", "00000.tar") as writer:
+        for place in range(64):
+            fields = {"jpg": draw_picture(place), "txt": b"a", "json": json.dumps(["x" * 1000] * 150).encode()}
+            writer.add(f"{place}", fields)
+    Manifest.of_shards(tmp_path / "a", [writer.info]).write()
+    read, rows = IndexedSupply.read, []
+    monkeypatch.setattr(IndexedSupply, "read", lambda self, *row: rows.append(row) or read(self, *row))
+    read_ahead = {}
+    for fields in ([], ["json"]):
+        rows.clear()
+        config = DataConfig(path=str(tmp_path / "a"), fields=fields, prefetch_mib=8)
+        loader = Loader(config, NoTokenizer(), 8, 8, 0, World())
+        with closing(iter(loader)) as batches:
+            for _ in range(4):
+                next(batches)
+            if not fields:
+                wait_for(lambda: len(rows) == 8 * (4 + 32))
+            else:
+                time.sleep(0.5)
+        read_ahead[bool(fields)] = len(rows) // 8 - 4
+    # A batch of these fields has 1.2 MiB: six of them.
+    assert read_ahead == {False: 32, True: 6}
 
 
 def is_the_first(sample: dict) -> bool:

@@ -96,6 +96,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--world-size", type=positive, default=1, metavar="W", help="ranks of the run; one is measured (1)"
     )
     check.add_argument("--threads", type=positive, nargs="+", metavar="N", help="numbers of threads to try")
+    check.add_argument(
+        "--step-s", type=seconds, default=0.0, metavar="S", help="seconds of a training step without its data (0)"
+    )
+    check.add_argument(
+        "--ranks-per-node", type=positive, default=1, metavar="N", help="ranks that share this machine's processors (1)"
+    )
     check.add_argument("--json", metavar="FILE", help="also write the numbers there")
     check.set_defaults(function=run_doctor_loader)
 
@@ -127,6 +133,13 @@ def natural(text: str) -> int:
     value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"must be at least 0; found {value}")
+    return value
+
+
+def seconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be at least 0; found {text}")
     return value
 
 
@@ -212,7 +225,8 @@ def run_doctor_loader(options: argparse.Namespace, arguments: list[str]) -> int:
     from pretrain.doctor.loader import examine, render
     from pretrain.train import RunConfig
 
-    report = examine(load_config(options.config, options.overrides, RunConfig), options.world_size, options.threads)
+    config = load_config(options.config, options.overrides, RunConfig)
+    report = examine(config, options.world_size, options.threads, options.step_s, options.ranks_per_node)
     print(render(report))
     if options.json:
         write_json_atomic(options.json, report)

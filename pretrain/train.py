@@ -150,7 +150,8 @@ def train_steps(config: RunConfig, life: Life, world: World) -> int:
     import_deepspeed()  # before transformers does, which would not keep its linker quiet
     tokenizer = build_tokenizer(config.model.tokenizer, config.model.text.context_length)
     image_size, batch_size = config.model.image.image_size, config.train.batch_size
-    loader = open_loader(config.data, tokenizer, image_size, batch_size, config.seed, world)
+    record = Path(config.run) / "data"
+    loader = open_loader(config.data, tokenizer, image_size, batch_size, config.seed, world, record)
     newest = find_checkpoint(config, world)
     model = build_model(config.model, tokenizer, config.seed, world).train()
     micro_batch_size = fit_micro_batch(config.train, newest, world)
@@ -177,6 +178,7 @@ def train_steps(config: RunConfig, life: Life, world: World) -> int:
     steps = config.train.steps(loader.supply.epoch_samples)
     if world.is_main:
         describe_run(config.run, config)
+        loader.supply.put_on_record(record)
         samples = "a stream" if loader.supply.epoch_samples is None else f"{loader.supply.epoch_samples:,} samples"
         log.info("%s: %s, %s, step %d of %d", config.run, size_of(engine), samples, step, steps)
 
@@ -186,11 +188,27 @@ def train_steps(config: RunConfig, life: Life, world: World) -> int:
     saver = Saver(engine, config.run, config.checkpoint, world, life.saved, life.lock.check)
     batches = iter(loader)
     life.start(step, steps, newest)
-    stopping, saving = life.asks()
+    saved_step = step  # of a checkpoint, or of a beginning that needs none
+
+    def save() -> None:
+        nonlocal saved_step
+        life.watch.enter("save", step)
+        beside = (momentum.state() if momentum else {}) | (ema.state() if ema else {})
+        saver.save(step, run_state(config, loader, life, step, world), beside)
+        saved_step = step
+        clock.leave_out()
+
     try:
-        while step < steps and not stopping:
+        while step < steps:
             life.watch.enter("data", step)
             clock.data_wanted()
+            stopping, saving = life.wait_for(batches, is_saved=step == saved_step)
+            if (stopping or saving) and step != saved_step:
+                save()
+            if stopping:
+                break
+            if saving:
+                continue
             batch = next(batches).to(world.device)
             clock.data_ready()
             life.watch.enter("step", step)
@@ -206,6 +224,7 @@ def train_steps(config: RunConfig, life: Life, world: World) -> int:
                     life.roll_back(step + 1, target, spike, batch)
                     batches.close()
                     step, extra = restore(engine, loader, life, target, identity)
+                    saved_step = step
                     momentum, ema = build_momentum(extra), build_ema(extra)
                     del extra
                     batches, metrics = iter(loader), metrics.go_back(step)
@@ -228,21 +247,17 @@ def train_steps(config: RunConfig, life: Life, world: World) -> int:
             clock.step_done()
             loader.close_epochs()
             metrics.step_done()
-            stopping, saving = life.asks()
             if trained and (step % config.train.log_every_steps == 0 or step in (1, steps)):
                 values = measure(engine, losses, loader, bad_steps, world) | clock.rates(batch_size)
                 values |= stragglers.report(step, values)
                 if peak:
                     values |= utilisation(flops, values["rate/samples_per_s"], peak, world)
                 metrics.log(step, values)
-            if step % config.checkpoint.every_steps == 0 or step == steps or stopping or saving:
-                life.watch.enter("save", step)
-                beside = (momentum.state() if momentum else {}) | (ema.state() if ema else {})
-                saver.save(step, run_state(config, loader, life, step, world), beside)
-                del beside
-                clock.leave_out()
+            if step % config.checkpoint.every_steps == 0 or step == steps:
+                save()
             else:
                 saver.poll()
+        life.watch.enter("save", step)
         saver.close()
     finally:  # also where a step fails: else what is under way would be finished before the process ends
         batches.close()

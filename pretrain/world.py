@@ -139,6 +139,15 @@ class World:
             dist.all_reduce(sums, group=self.host_group)
         return sums.tolist()
 
+    def gather_numbers(self, numbers: list[int]) -> list[list[int]]:
+        """Every rank's whole numbers, equally many each, in rank order."""
+        if self.size == 1:
+            return [numbers]
+        own = torch.tensor(numbers, dtype=torch.int64)
+        gathered = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(gathered, own, group=self.host_group)
+        return [part.tolist() for part in gathered]
+
     def share(self, value: object) -> object:
         """Rank 0's value on every rank."""
         if self.size == 1:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lives import LifeOfRun, arguments, at_end_of_step, events_of, keys_of, losses_of, weights_of
+from lives import LifeOfRun, arguments, at_end_of_step, events_of, keys_of, losses_of, stall, weights_of
 from ranks import run_on_ranks
 
 from pretrain.checkpoint import gather_weights
@@ -93,6 +93,35 @@ def test_a_rollback_leaves_the_batches_out_for_good(shards: Path, tmp_path: Path
     assert life.wait() == [0, 0], life.stderr()
     assert_same(run, run_without(shards, tmp_path / "clean", [5, 6]), [5, 6])
     assert json.loads((run / "checkpoints" / "step_00000008" / "state.json").read_text())["left_out"] == [5, 6]
+
+
+class StopInRollback(Inject):
+    """Rank 0 is asked to stop while the run goes back to step 3, after which rank 1 gets no data."""
+
+    def __call__(self, run: Path) -> None:
+        super().__call__(run)
+        from pretrain import train
+
+        restore = train.restore
+
+        def restore_and_ask(engine, loader, life, *others):
+            life.stop.requested = life.world.is_main
+            stall(1, 0)
+            return restore(engine, loader, life, *others)
+
+        train.restore = restore_and_ask
+
+
+def test_a_stop_right_after_a_rollback(shards: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    rollback = [*WATCHED, "spikes.action=rollback"]
+    life = live(shards, run, *rollback, hook=StopInRollback(1e4, [6]))  # a new run: it restores nothing at its start
+    assert life.wait(grace_s=20) == [85, 85], life.stderr()
+    assert [event["step"] for event in events_of(run, "save")] == [3]
+    assert (events_of(run, "stop")[0]["step"], events_of(run, "stop")[0]["code"]) == (3, 85)
+    life = live(shards, run, *rollback)
+    assert life.wait() == [0, 0], life.stderr()
+    assert_same(run, run_without(shards, tmp_path / "clean", [6]), [6])
 
 
 def test_rollbacks_without_progress_give_up(shards: Path, tmp_path: Path) -> None:

@@ -48,16 +48,16 @@ def skip_a_collective(run: Path) -> None:
     another size than it waits for, and ends the process before anybody hangs."""
     from pretrain.life import Life
 
-    plain, group = Life.asks, None
+    plain, group = Life.wait_for, None
 
-    def asks(life):
+    def wait_for(life, *others, **named):
         nonlocal group
         group = group or dist.new_group(backend="gloo")
         if life.watch.step >= HANG_AFTER and not is_guilty(run):
             dist.barrier(group=group)
-        return plain(life)
+        return plain(life, *others, **named)
 
-    Life.asks = asks
+    Life.wait_for = wait_for
 
 
 def stick_in_data(run: Path) -> None:

@@ -3,20 +3,22 @@
 `python -m data_tools build ... --task K/N` is such a task, and `python -m data_tools finish OUT` such a last job.
 """
 
-import contextlib
+import os
 import shlex
-import subprocess
+import tempfile
+from pathlib import Path
 
 from data_tools.errors import UserError
-from launch.job import TASK, ArrayConfig
-from launch.slurm import common_directives, log_stem, prepare_submission, render_head, render_setup, submit_script
+from launch import slurm
+from launch.job import TASK, ArrayConfig, build_command
+from launch.slurm import check_sbatch, common_directives, render_head, render_setup
 
 SCANCEL_ANSWER_S = 60
 
 
-def render(job: ArrayConfig, command: list[str]) -> str:
+def render(job: ArrayConfig) -> str:
     """Both scripts, one after the other; the first ends before the second begins. Pure: values in, text out."""
-    return "\n".join([render_array(job, command), *([render_then(job)] if job.then else [])])
+    return "\n".join([render_array(job, build_command(job)), *([render_then(job)] if job.then else [])])
 
 
 def render_array(job: ArrayConfig, command: list[str]) -> str:
@@ -77,18 +79,27 @@ def quote_task(word: str) -> str:
     return '"$task"'.join(shlex.quote(part) if part else "" for part in word.split(TASK)) or "''"
 
 
-def submit(job: ArrayConfig, command: list[str]) -> None:
+def log_stem(job: ArrayConfig) -> str:
+    """What the names of all files of the job begin with; "-JOBID" follows."""
+    return os.path.join(job.output, job.name)
+
+
+def submit(job: ArrayConfig) -> None:
     """Submit the array and the job after it, and print their numbers, scripts and logs.
 
     Raises UserError if one is refused; there is then neither.
     """
-    stem = prepare_submission(job)
-    array = submit_script(render_array(job, command), stem)
+    base = Path(job.working_directory or ".")
+    if not base.is_dir():
+        raise UserError(f"working_directory: {base}: no such folder")
+    check_sbatch()
+    stem = Path(os.path.abspath(base / log_stem(job)))
+    array = submit_text(render_array(job, build_command(job)), stem)
     last = None
     if job.then:
         last_stem = stem.with_name(f"{stem.name}-then")
         try:
-            last = submit_script(render_then(job), last_stem, f"--dependency=afterok:{array}")
+            last = submit_text(render_then(job), last_stem, f"--dependency=afterok:{array}")
         except BaseException as error:
             told = cancel(array)
             if isinstance(error, UserError):
@@ -103,9 +114,25 @@ def submit(job: ArrayConfig, command: list[str]) -> None:
         print(f"log     {last_stem}-{last}.log")
 
 
+def submit_text(script: str, stem: Path, *options: str) -> str:
+    """Submit a script, with more options of sbatch, and keep it as STEM-JOBID.sbatch; return the job's number."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    # Written before the job exists, so that a full disk cannot leave a job without its script.
+    descriptor, temporary = tempfile.mkstemp(prefix=f"{stem.name}-", suffix=".tmp", dir=stem.parent)
+    try:
+        with open(descriptor, "w", encoding="utf-8") as file:
+            file.write(script)
+        job_id = slurm.submit_script(Path(temporary), "submitted", *options)
+        os.replace(temporary, f"{stem}-{job_id}.sbatch")
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    return job_id
+
+
 def cancel(job_id: str) -> str:
     """Cancel a job that is to have no successor, and tell what came of it."""
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        subprocess.run(["scancel", job_id], check=True, capture_output=True, timeout=SCANCEL_ANSWER_S)
-        return f"The array, job {job_id}, was cancelled"
-    return f"The array, job {job_id}, is queued and could not be cancelled: use scancel"
+    try:
+        slurm.cancel([job_id], SCANCEL_ANSWER_S)
+    except UserError:
+        return f"The array, job {job_id}, is queued and could not be cancelled: use scancel"
+    return f"The array, job {job_id}, was cancelled"

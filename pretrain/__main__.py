@@ -109,6 +109,18 @@ def build_parser() -> argparse.ArgumentParser:
     check.add_argument("run", metavar="RUN", help="run folder of a training run")
     check.set_defaults(function=run_doctor_stragglers)
 
+    check = checks.add_parser("node", help="whether this machine can take part in a run; one JSON line")
+    check.add_argument("config", nargs="?", help="YAML file, as those in configs/: its shards and run folder are tried")
+    check.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.path=shards/train")
+    check.add_argument("--folder", metavar="DIR", help="the shared folder to write into (the config's run folder)")
+    check.set_defaults(function=run_doctor_node)
+
+    check = checks.add_parser("link", help="how fast the nodes of a group exchange data, pair by pair; one JSON line")
+    check.add_argument("--backend", choices=("auto", "sockets", "gloo", "nccl"), default="auto", help="(auto)")
+    check.add_argument("--rounds", type=positive, metavar="N", help="of disjoint pairs (until each pair was measured)")
+    check.add_argument("--seconds", type=float, default=0.3, metavar="S", help="each pair is measured for (0.3)")
+    check.set_defaults(function=run_doctor_link)
+
     command = commands.add_parser("demo", help="the whole path on drawn scenes, or on your own pictures")
     command.add_argument("--captions", metavar="FILE", help="TSV or CSV with columns filename, caption")
     command.add_argument("--images", metavar="DIR", help="folder of the pictures that FILE names")
@@ -238,6 +250,18 @@ def run_doctor_stragglers(options: argparse.Namespace, arguments: list[str]) -> 
 
     print(render(*examine(options.run)))
     return 0
+
+
+def run_doctor_node(options: argparse.Namespace, arguments: list[str]) -> int:
+    from pretrain.doctor.node import print_node
+
+    return print_node(options.config, options.overrides, options.folder)
+
+
+def run_doctor_link(options: argparse.Namespace, arguments: list[str]) -> int:
+    from pretrain.doctor.link import print_link
+
+    return print_link(options.backend, options.rounds, options.seconds)
 
 
 def run_demo(options: argparse.Namespace, arguments: list[str]) -> int:

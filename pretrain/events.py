@@ -13,10 +13,12 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data_tools.errors import UserError
-from pretrain.world import World
+
+if TYPE_CHECKING:  # `python -m launch report` reads events without torch
+    from pretrain.world import World
 
 EVENTS = "events.jsonl"
 LOCK = "run.lock"
@@ -79,7 +81,7 @@ class RunLock:
 
 
 @contextlib.contextmanager
-def lock_run(run: str | Path, world: World) -> Iterator[RunLock]:
+def lock_run(run: str | Path, world: "World") -> Iterator[RunLock]:
     """Hold the run folder: rank 0 makes it, and locks its run.lock until the block or the process ends.
 
     Raises UserError on every rank if another run holds it, or if it cannot be written. Collective.
@@ -121,7 +123,21 @@ def book(events: list[dict[str, Any]], now_s: float) -> dict[str, float]:
     Every second is in one of them. Seconds by which a clock was set back count as none.
     """
     booked = dict.fromkeys(("productive", "checkpoint", "lost", "restart"), 0.0)
-    since_save = 0.0  # training time that no checkpoint holds yet
+    for kind, begin_s, end_s in divide(events, now_s):
+        booked[kind] += end_s - begin_s
+    total = sum(booked.values())
+    return {**booked, "total": total, "goodput": booked["productive"] / total if total else 1.0}
+
+
+def divide(events: list[dict[str, Any]], now_s: float) -> list[tuple[str, float, float]]:
+    """The spans of time that `book` adds up, in order: (kind, begin, end), in unix seconds."""
+    spans: list[tuple[str, float, float]] = []
+    unsaved: list[tuple[float, float]] = []  # training time that no checkpoint holds yet
+
+    def settle(kind: str) -> None:
+        spans.extend((kind, begin_s, end_s) for begin_s, end_s in unsaved)
+        unsaved.clear()
+
     last_s, alive = None, False
     for event in [*events, {"time": now_s, "event": "now", "step": 0}]:
         at_s, name = event["time"], event["event"]
@@ -132,30 +148,28 @@ def book(events: list[dict[str, Any]], now_s: float) -> dict[str, float]:
             if at_s >= last_s:  # the clock was not set back
                 seen_s = min(seen_s, at_s)
             if alive:  # the life before did not say how it ended: what it did after its last save is lost
-                booked["lost"] += since_save + seen_s - last_s
-                booked["restart"] += max(0.0, at_s - seen_s)
+                unsaved.append((last_s, seen_s))
+                settle("lost")
+                spans.append(("restart", seen_s, max(at_s, seen_s)))
             else:
-                booked["restart"] += max(0.0, at_s - last_s)
-            since_save, alive = 0.0, True
+                spans.append(("restart", last_s, max(at_s, last_s)))
+            alive = True
         else:
-            passed = max(0.0, at_s - last_s)
+            end_s = max(at_s, last_s)
             if not alive:
-                booked["restart"] += passed
+                spans.append(("restart", last_s, end_s))
             elif name == "save":
-                stall_s = min(passed, event["stall_s"])
-                booked["checkpoint"] += stall_s
-                booked["productive"] += since_save + passed - stall_s
-                since_save = 0.0
-            elif name == "rollback":
-                booked["lost"] += since_save + passed
-                since_save = 0.0
+                stall_s = min(end_s - last_s, event["stall_s"])
+                unsaved.append((last_s, end_s - stall_s))
+                settle("productive")
+                spans.append(("checkpoint", end_s - stall_s, end_s))
             else:
-                since_save += passed
+                unsaved.append((last_s, end_s))
+                if name == "rollback":
+                    settle("lost")
             if name in ("stop", "done", "hang"):
-                whole = name == "done" or event.get("code") == 85
-                booked["productive" if whole else "lost"] += since_save
-                since_save, alive = 0.0, False
+                settle("productive" if name == "done" or event.get("code") == 85 else "lost")
+                alive = False
         last_s = max(last_s, at_s) if name == "now" else at_s
-    booked["productive"] += since_save  # of the life that goes on
-    total = sum(booked.values())
-    return {**booked, "total": total, "goodput": booked["productive"] / total if total else 1.0}
+    settle("productive")  # of the life that goes on
+    return [span for span in spans if span[2] > span[1]]

@@ -235,10 +235,28 @@ def connect(timeout_s: int = 600) -> World:
                 f"rank {rank} of {size}: {' and '.join(missing)} not set. Start with torchrun, deepspeed, "
                 "`--ranks N`, or a script from `python -m launch render`."
             )
-        dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s))
+        store = None if "TORCHELASTIC_USE_AGENT_STORE" in os.environ else meet(rank, size, timeout_s)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s))
     WAITS.count_host()
     host_group = dist.new_group(backend="gloo") if size > 1 and device.type == "cuda" else None
     return World(rank, size, local_rank, device, host_group)
+
+
+def meet(rank: int, size: int, timeout_s: int) -> dist.Store:
+    """The store at MASTER_ADDR:MASTER_PORT through which ranks find each other; rank 0 keeps it.
+
+    A launcher that has chosen the port by binding it hands rank 0 the listening socket as MASTER_LISTEN_FD: between
+    choosing and listening no other program can take the port.
+    """
+    descriptor = os.environ.pop("MASTER_LISTEN_FD", None) if rank == 0 else None  # not for this process's children
+    return dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        size,
+        is_master=rank == 0,
+        timeout=timedelta(seconds=timeout_s),
+        master_listen_fd=None if descriptor is None else int(descriptor),
+    )
 
 
 def is_lost_connection(error: RuntimeError) -> bool:

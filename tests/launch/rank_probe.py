@@ -15,8 +15,8 @@ import sys
 import time
 
 LIMIT_S = 60
-NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID", "SLURM_NTASKS",
-         "SLURM_LOCALID", "SLURMD_NODENAME", "CUDA_VISIBLE_DEVICES")  # fmt: skip
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT",
+         "PRETRAIN_RESTART", "SLURMD_NODENAME", "CUDA_VISIBLE_DEVICES", "NCCL_PROBE")  # fmt: skip
 
 
 def say(path: str, *words: str) -> int:
@@ -65,19 +65,31 @@ def fail() -> int:
 
 
 def train() -> int:
-    if os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
-        print("resumed, finished")
+    saved = f"saved-{os.environ['RANK']}"
+    if os.path.exists(saved):
+        print("resumed, finished", flush=True)
         return 0
     asked = []
     signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
-    print("ready")
+    print("ready", flush=True)
     end = time.monotonic() + LIMIT_S
     while not asked and time.monotonic() < end:
         time.sleep(0.05)
-    time.sleep(0.7 * int(os.environ["RANK"]))
-    print("saved")
-    return 85 if asked else 1
+    if not asked:
+        return 1
+    time.sleep(0.3 * int(os.environ["RANK"]))
+    with open(saved, "w"):
+        pass
+    print("saved", flush=True)
+    return 85
+
+
+def port() -> int:
+    if os.environ["RANK"] == "0":
+        with socket.create_server((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))):
+            time.sleep(0.5)
+    return 0
 
 
 if __name__ == "__main__":
-    sys.exit({"say": say, "meet": meet, "fail": fail, "train": train}[sys.argv[1]](*sys.argv[2:]))
+    sys.exit({"say": say, "meet": meet, "fail": fail, "train": train, "port": port}[sys.argv[1]](*sys.argv[2:]))

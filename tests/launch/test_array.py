@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_rendered_script import HOSTILE, PROBE
+from test_rendered_script import HOSTILE
 
 from data_tools.errors import UserError
 from launch import slurm_array
@@ -19,7 +19,8 @@ from pretrain.config import check_config
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "configs/launch/build.yaml"
-GOLDEN = ROOT / "tests/golden/slurm_array.sbatch"
+PROBE = str(Path(__file__).with_name("rank_probe.py"))
+GOLDEN = ROOT / "tests/launch/golden/slurm_array.sbatch"
 LEAST = {"kind": "slurm_array", "name": "job", "command": ["true"], "tasks": 3, "time_limit_min": 60}
 CHANGED = [
     "command=[./probe, it's, $HOME, 'part {task} of {tasks}', 'x{00..03}.tar']", "then=null", "setup=[]",
@@ -35,7 +36,7 @@ def make_job(**keys) -> ArrayConfig:
 
 @pytest.mark.parametrize(("golden", "overrides"), [("slurm_array", []), ("slurm_array_command", CHANGED)])
 def test_golden(golden, overrides, capsys):
-    """After a wanted change: python -m launch render configs/launch/build.yaml OVERRIDES > tests/golden/..."""
+    """After a wanted change: python -m launch render configs/launch/build.yaml OVERRIDES > tests/launch/golden/..."""
     assert main(["render", str(EXAMPLE), *overrides]) == 0
     assert capsys.readouterr().out == GOLDEN.with_stem(golden).read_text()
 
@@ -43,8 +44,8 @@ def test_golden(golden, overrides, capsys):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("kind=local", "kind: unknown kind 'local'. Valid: slurm, slurm_array"),
-        ("kind=[1]", "kind: unknown kind [1]. Valid: slurm, slurm_array"),
+        ("kind=lokal", "kind: unknown kind 'lokal'. Valid: slurm, local, ssh, slurm_array"),
+        ("kind=[1]", "kind: unknown kind [1]. Valid: slurm, local, ssh, slurm_array"),
         ("task=2", "task: unknown key. Did you mean 'tasks'? Valid: kind, name,"),
         ("nodes=2", "nodes: unknown key."),
         ("tasks=0", "tasks: should be greater than or equal to 1; found 0"),
@@ -88,7 +89,7 @@ def test_the_page_explains_every_key():
     page = (ROOT / "docs/launch.md").read_text()
     array = page[page.index("## Arrays") :]
     own = set(ArrayConfig.model_fields) - set(load_job(ROOT / "configs/launch/slurm.yaml", []).model_dump())
-    assert own == {"then", "tasks", "max_running", "cpus_per_task", "memory_gib"}
+    assert own == {"then", "tasks", "max_running", "cpus_per_task", "memory_gib", "output"}
     assert [key for key in {*own, "command"} if f"| `{key}` |" not in array] == []
     assert [key for key in ArrayConfig.model_fields if f"| `{key}` |" not in page] == []
 
@@ -128,15 +129,15 @@ def test_hostile_values_arrive_as_they_are(part, tmp_path):
 def test_the_exit_code_is_the_commands_and_setup_must_succeed(tmp_path):
     code = ["sh", "-c", 'test "$A" = yes && exit $0', "{task}"]
     job = make_job(command=code, setup=['export A="yes$UNSET"', "task=9"])
-    assert run_script(slurm_array.render(job, build_command(job)), tmp_path, 5).returncode == 5
+    assert run_script(slurm_array.render(job), tmp_path, 5).returncode == 5
     job = make_job(command=["touch", "ran-{task}"], setup=["false"])
-    assert run_script(slurm_array.render(job, build_command(job)), tmp_path).returncode == 1
+    assert run_script(slurm_array.render(job), tmp_path).returncode == 1
     assert list(tmp_path.glob("ran*")) == []
 
 
 def test_who_runs_both_texts_as_one_script_runs_the_first_only(tmp_path):
     job = make_job(command=["touch", "ran-{task}"], then=["touch", "ran-then"])
-    assert run_script(slurm_array.render(job, build_command(job)), tmp_path).returncode == 0
+    assert run_script(slurm_array.render(job), tmp_path).returncode == 0
     assert [path.name for path in tmp_path.glob("ran*")] == ["ran-2"]
 
 
@@ -182,7 +183,7 @@ def test_submit_sends_both_and_tells_where_all_is(stand_ins, tmp_path, capsys):
         f"then    13, when all tasks have succeeded\nscript  {logs}/job-then-13.sbatch\nlog     {logs}/job-then-13.log\n"
     )
     calls = (tmp_path / "calls").read_text().splitlines()
-    assert [re.sub(r" \S*\.tmp$", "", call) for call in calls] == [
+    assert [re.sub(r" \S*\.tmp submitted$", "", call) for call in calls] == [
         "sbatch --parsable",
         "sbatch --parsable --dependency=afterok:12",
     ]
@@ -215,4 +216,4 @@ def test_an_array_whose_last_job_is_refused_is_cancelled(scancel, message, stand
 def test_a_folder_that_is_not_there_is_refused(tmp_path):
     job = make_job(working_directory=str(tmp_path / "none"))
     with pytest.raises(UserError, match="working_directory: .*none: no such folder"):
-        slurm_array.submit(job, build_command(job))
+        slurm_array.submit(job)

@@ -1,133 +1,42 @@
 """Jobs on a real Slurm cluster: three nodes in namespaces of this machine, started by tests/slurm-lab."""
 
 import json
-import os
 import re
-import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from cluster import LIMIT_S, ROOT, Cluster
 
-ROOT = Path(__file__).parents[2]
-LAB = ROOT / "tests/slurm-lab"
-PROBE = str(Path(__file__).with_name("rank_probe.py"))
-PROGRAMS = ("unshare", "nsenter", "setpriv", "ip", "munged", "mungekey", "slurmctld", "slurmd", "sbatch", "srun")
-LIMIT_S = 60
+from launch.job import load_job, resolve_job
+from launch.submit import render
 
 pytestmark = pytest.mark.slurm
 
 
-def why_not() -> str:
-    """Why no cluster can be started here, or ""."""
-    if os.geteuid() != 0:
-        return "needs root, for network namespaces"
-    missing = [program for program in PROGRAMS if shutil.which(program) is None]
-    if missing:
-        return f"not installed: {', '.join(missing)} (apt-get install slurm-wlm munge iproute2)"
-    namespaces = ["unshare", "--net", "--uts", "--ipc", "--mount", "--pid", "--fork", "true"]
-    if subprocess.run(namespaces, capture_output=True).returncode:
-        return "this machine does not let root make namespaces"
-    return ""
-
-
-class Cluster:
-    def __init__(self, folder: Path):
-        self.folder, self.lab = folder, folder / "lab"
-        self.environment = {**os.environ, "PATH": f"{self.lab / 'bin'}:{os.environ['PATH']}"}
-
-    def run(self, *words: object) -> str:
-        """Run a command on the login node."""
-        result = subprocess.run(
-            [str(word) for word in words],
-            env=self.environment,
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=LIMIT_S,
-        )
-        assert result.returncode == 0, result.stderr
-        return result.stdout
-
-    def submit(self, folder: Path, *mode: str, **keys) -> "Job":
-        folder.mkdir(exist_ok=True)
-        values = {
-            "name": "probe", "command": [sys.executable, PROBE, *mode], "python": sys.executable,
-            "nodes": 2, "gpus_per_node": 2, "cpus_per_gpu": 1, "memory_gib_per_node": 1, "time_limit_min": 10,
-            "working_directory": str(folder), "output": "logs", **keys,
-        }  # fmt: skip
-        file = self.folder / "job.yaml"
-        file.write_text(json.dumps(values))
-        printed = self.run(sys.executable, "-m", "launch", "submit", file)
-        job_id, script, log = re.fullmatch(
-            r"job     (\d+)\nscript  (.*)\nlog     (.*), and one for each rank in .*\n", printed
-        ).groups()
-        assert Path(script).read_text() == self.run(sys.executable, "-m", "launch", "render", file)
-        return Job(self, job_id, Path(log))
-
-
-class Job:
-    def __init__(self, cluster: Cluster, job_id: str, log: Path):
-        self.cluster, self.id, self.log, self.logs = cluster, job_id, log, log.with_suffix("")
-
-    def facts(self) -> tuple[str, str, int]:
-        """State, exit code and number of restarts, as Slurm has them."""
-        text = self.cluster.run("scontrol", "show", "job", self.id)
-        state, code = re.search(r"JobState=(\w+)", text)[1], re.search(r"\bExitCode=(\S+)", text)[1]
-        return state, code, int(re.search(r"\bRestarts=(\d+)", text)[1])
-
-    def wait_for_end(self, *states: str) -> None:
-        wait_for(lambda: self.facts()[0] in states, self)
-
-    def wait_until_ready(self) -> None:
-        wait_for(lambda: self.rank_logs().count("ready") == 4, self)
-
-    def rank_logs(self) -> str:
-        return "".join(path.read_text() for path in sorted(self.logs.glob("rank-*.log")))
-
-    def story(self) -> str:
-        log = self.log.read_text() if self.log.exists() else ""
-        return f"{self.facts()}\n{log}\n{self.rank_logs()}"
-
-
-def wait_for(condition, job: Job) -> None:
-    end = time.monotonic() + LIMIT_S
-    while not condition():
-        assert time.monotonic() < end, f"waited too long: {job.story()}"
-        time.sleep(0.1)
-
-
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    reason = why_not()
-    if reason:
-        pytest.skip(reason)
-    cluster = Cluster(tmp_path_factory.mktemp("slurm"))
-    try:
-        subprocess.run([LAB, "-d", cluster.lab, "up", "3", "--gpus", "2"], check=True, timeout=60)
+    with Cluster.up(tmp_path_factory.mktemp("slurm"), 3, "--gpus", "2") as cluster:
         yield cluster
-    finally:
-        subprocess.run([LAB, "-d", cluster.lab, "down"], check=True, timeout=60)
 
 
 def test_every_rank_knows_its_place_and_meets_the_others(cluster, tmp_path):
-    job = cluster.submit(tmp_path, "meet", "met.json")
-    job.wait_for_end("COMPLETED")
+    job = cluster.submit(tmp_path, "meet", "met.json", environment={"NCCL_PROBE": "a b"}, spare_nodes=1)
+    assert Path(job.script).read_text() == render(resolve_job(load_job(job.file, [])))
+    job.wait_for_end("COMPLETED", "FAILED")
     met = json.loads((tmp_path / "met.json").read_text())
-    assert [rank["RANK"] for rank in met] == [rank["SLURM_PROCID"] for rank in met] == ["0", "1", "2", "3"]
-    assert [rank["LOCAL_RANK"] for rank in met] == [rank["SLURM_LOCALID"] for rank in met] == ["0", "1", "0", "1"]
+    assert [rank["RANK"] for rank in met] == ["0", "1", "2", "3"]
+    assert [rank["LOCAL_RANK"] for rank in met] == ["0", "1", "0", "1"]
+    assert [rank["NODE_RANK"] for rank in met] == ["0", "0", "1", "1"]
     assert [rank["SLURMD_NODENAME"] for rank in met] == ["node1", "node1", "node2", "node2"]
-    assert {(rank["WORLD_SIZE"], rank["SLURM_NTASKS"], rank["MASTER_ADDR"]) for rank in met} == {("4", "4", "node1")}
+    assert {(rank["WORLD_SIZE"], rank["LOCAL_WORLD_SIZE"], rank["NCCL_PROBE"]) for rank in met} == {("4", "2", "a b")}
     assert len({rank["MASTER_PORT"] for rank in met}) == 1
     assert {rank["CUDA_VISIBLE_DEVICES"] for rank in met} == {"0,1"}, "each rank sees all GPUs of its node"
-    assert sorted(path.name for path in job.logs.glob("rank-*")) == [
-        "rank-0000-node1.log",
-        "rank-0001-node1.log",
-        "rank-0002-node2.log",
-        "rank-0003-node2.log",
-    ]
+    assert job.facts() == ("COMPLETED", "0:0", 0), job.story()
+    shown = cluster.run(sys.executable, "-m", "launch", "status", tmp_path / "run")
+    assert re.search(r"^state +ended$", shown, re.MULTILINE) and f"job        {job.id} completed" in shown, shown
+    assert max(map(len, shown.splitlines())) <= 80, shown
 
 
 def test_hostile_values_arrive_as_they_are(cluster, tmp_path):
@@ -135,10 +44,10 @@ def test_hostile_values_arrive_as_they_are(cluster, tmp_path):
     comment = "say \"hi\" 'x' \\b $(touch PWNED) `touch PWNED` # no; --uid=0"
     folder = tmp_path / 'it\'s a "$(touch PWNED)" folder'
     job = cluster.submit(
-        folder, "say", "said.json", *hostile, environment={"HOSTILE": hostile[2]}, output="my 'logs' $(touch PWNED)",
+        folder, "say", "said.json", *hostile, environment={"HOSTILE": hostile[2]}, run="my 'run' $(touch PWNED)",
         extra_sbatch={"comment": comment},
     )  # fmt: skip
-    job.wait_for_end("COMPLETED")
+    job.wait_for_end("COMPLETED", "FAILED")
     said = json.loads((folder / "said.json").read_text())
     assert said["words"] == hostile
     assert said["environment"]["HOSTILE"] == hostile[2]
@@ -150,41 +59,122 @@ def test_a_failing_rank_ends_the_job_with_its_exit_code(cluster, tmp_path):
     job = cluster.submit(tmp_path, "fail")
     job.wait_for_end("FAILED", "COMPLETED")
     assert job.facts() == ("FAILED", "7:0", 0), job.story()
-    assert "rank 3 on node2 ended first, with exit code 7" in job.log.read_text()
+    logs = cluster.run(sys.executable, "-m", "launch", "logs", tmp_path / "run")
+    assert re.search(r"^node2:3 \| === life 1 node2 rank 3 ", logs, re.MULTILINE), logs
 
 
-def test_a_job_asked_to_save_is_queued_again_and_finishes(cluster, tmp_path):
-    job = cluster.submit(tmp_path, "train")
-    job.wait_until_ready()
-    cluster.run("scancel", "--signal=USR1", "--batch", job.id)  # as Slurm does before the time limit
+@pytest.mark.parametrize("limit", ["signal", pytest.param("time limit", marks=pytest.mark.faults)])
+def test_the_time_limit_becomes_a_save_and_the_job_is_queued_again(cluster, tmp_path, limit):
+    # Slurm gives notice within the first minute of two, or sooner what it gives then.
+    job = cluster.submit(tmp_path, "train", time_limit_min=2, save_before_end_s=59)
+    if limit == "signal":
+        job.wait_until_ready()
+        cluster.run("scancel", "--signal=USR1", "--batch", job.id)
     job.wait_for_end("COMPLETED", "FAILED")
     assert job.facts() == ("COMPLETED", "0:0", 1), job.story()
-    assert job.rank_logs().count("saved") == job.rank_logs().count("resumed, finished") == 4, "the logs are appended to"
-    assert "restart 1" in job.log.read_text()
+    assert job.rank_logs().count("saved\n") == job.rank_logs().count("resumed, finished") == 4, (
+        "the logs are appended to"
+    )
 
 
-def test_a_preempted_job_is_queued_again_and_finishes(cluster, tmp_path):
+@pytest.mark.parametrize("mode", ["REQUEUE", "CANCEL"])
+def test_a_preempted_job_goes_on(cluster, tmp_path, mode):
+    """Where the cluster cancels what it preempts, a new job takes its place."""
+    if mode == "CANCEL":
+        cluster.run("scontrol", "update", "PartitionName=spot", "PreemptMode=cancel")
     job = cluster.submit(tmp_path, "train", partition="spot")
     job.wait_until_ready()
     cluster.run("sbatch", "-p", "main", "-N", 3, "--exclusive", "-t", 1, "-o", tmp_path / "other", "--wrap", "sleep 1")
+    if mode == "CANCEL":
+        job = job.follow()
     job.wait_for_end("COMPLETED", "FAILED")
-    assert job.facts() == ("COMPLETED", "0:0", 1), job.story()
-    assert job.rank_logs().count("saved") == 4
+    assert job.facts() == ("COMPLETED", "0:0", 1 if mode == "REQUEUE" else 0), job.story()
+    assert job.rank_logs().count("saved\n") == 4
 
 
-def test_a_cancelled_job_saves_and_stays_cancelled(cluster, tmp_path):
+@pytest.mark.parametrize("how", ["scancel", "launch"])
+def test_a_cancelled_job_saves_and_stays_so_until_it_is_resumed(cluster, tmp_path, how):
+    job = cluster.submit(tmp_path, "train", chain=2 if how == "launch" else 1)
+    job.wait_until_ready()
+    launch = [sys.executable, "-m", "launch"]
+    cluster.run("scancel", job.id) if how == "scancel" else cluster.run(*launch, "cancel", tmp_path / "run")
+    job.wait_for_end("CANCELLED" if how == "scancel" else "FAILED")
+    cluster.wait_for(lambda: cluster.run("squeue", "-h", "-o", "%i %j") == "", job)
+    assert job.rank_logs().count("saved\n") == 4, job.story()
+    assert re.search("^state +stopped: ", cluster.run(*launch, "status", tmp_path / "run"), re.MULTILINE)
+    printed = cluster.run(*launch, "resume", tmp_path / "run")
+    again = job.again(printed)
+    again.wait_for_end("COMPLETED", "FAILED")
+    assert again.facts()[:2] == ("COMPLETED", "0:0"), again.story()
+
+
+def test_a_job_that_somebody_queues_again_goes_on(cluster, tmp_path):
     job = cluster.submit(tmp_path, "train")
     job.wait_until_ready()
-    cluster.run("scancel", job.id)
-    wait_for(lambda: "not queued again" in job.log.read_text(), job)
-    wait_for(lambda: cluster.run("squeue", "-h", "-j", job.id) == "", job)
-    assert job.facts()[0] == "CANCELLED", job.story()
+    cluster.run("scontrol", "requeue", job.id)
+    job.wait_for_end("COMPLETED", "FAILED")
+    assert job.facts() == ("COMPLETED", "0:0", 1), job.story()
+
+
+def test_a_submission_while_the_controller_is_killed_is_one_job(cluster, tmp_path):
+    cluster.lab("daemon", "ctl", "kill")
+    submission = cluster.start_submit(tmp_path, "say", "said.json", nodes=1)
+    time.sleep(4)
+    assert submission.poll() is None
+    shown = cluster.run(sys.executable, "-m", "launch", "list", tmp_path)  # bounded, and from the run's own files
+    assert "unknown" in shown, shown
+    cluster.lab("daemon", "ctl", "start")
+    printed, said = submission.communicate(timeout=LIMIT_S)
+    assert submission.returncode == 0, said
+    assert "Asking again" in said
+    job = cluster.job(tmp_path, printed)
+    job.wait_for_end("COMPLETED", "FAILED")
+    lines = cluster.run("squeue", "-h", "-t", "all", "-n", "probe", "-o", "%i %o").splitlines()
+    assert sum(str(tmp_path) in line for line in lines) == 1, lines
+
+
+def test_a_second_job_of_a_run_is_refused(cluster, tmp_path):
+    job = cluster.submit(tmp_path, "train")
+    with pytest.raises(
+        AssertionError, match=rf"job {job.id} of this run is (pending|running|configuring). Wait for it"
+    ):
+        cluster.submit(tmp_path, "train")
+    cluster.run(sys.executable, "-m", "launch", "cancel", tmp_path / "run", "--now")
+    job.wait_for_end("CANCELLED")
 
 
 def test_what_sbatch_refuses_is_refused_in_one_line(cluster, tmp_path):
     with pytest.raises(AssertionError, match=r"^error: sbatch refused the job: .*[Ii]nvalid partition.*\n"):
         cluster.submit(tmp_path, "say", partition="nowhere")
-    assert list(tmp_path.rglob("*.sbatch")) == []
+    plan = cluster.run(sys.executable, "-m", "launch", "plan", cluster.folder / "job.yaml")
+    assert re.search(r"^start +would be refused: .*nvalid partition", plan, re.MULTILINE), plan
+
+
+def test_the_plan_tells_when_and_where(cluster, tmp_path):
+    file = cluster.write_job(tmp_path, "say", "said.json")
+    plan = cluster.run(sys.executable, "-m", "launch", "plan", file)
+    assert re.search(r"^start +to start at \d{4}-.* using 4 processors on nodes node\[1-2\]", plan, re.MULTILINE), plan
+    assert re.search(r"^GPU-hours +0\.7 a job", plan, re.MULTILINE), plan
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "golden", sorted((Path(__file__).parent / "golden").glob("*.sbatch")), ids=lambda path: path.stem
+)
+def test_sbatch_accepts_the_scripts(cluster, golden):
+    """Their directives, but for what names things that this cluster does not have."""
+    for text in re.split(r"^(?=#!)", golden.read_text(), flags=re.MULTILINE)[1:]:
+        kept = [line for line in text.splitlines() if not re.match(
+            "#SBATCH --(partition|account|qos|constraint|reservation|exclude|chdir|nodes|cpus-per-task|mem|array|gres|gpus-per-node)",
+            line)]  # fmt: skip
+        script = tmp_script(cluster.folder, "\n".join(kept))
+        cluster.run("sbatch", "--test-only", script)
+
+
+def tmp_script(folder: Path, text: str) -> Path:
+    path = folder / "golden.sbatch"
+    path.write_text(text + "\n")
+    return path
 
 
 def submit_array(cluster, folder: Path, **keys) -> tuple[str, str]:

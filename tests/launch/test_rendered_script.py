@@ -1,7 +1,9 @@
-"""The rendered script: its text, and what bash makes of it where small stand-ins take the place of Slurm's programs."""
+"""The rendered scripts: their text for several clusters, and what bash makes of them where small stand-ins take the place of
+Slurm's programs and of the supervisors."""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,67 +13,91 @@ from pathlib import Path
 import pytest
 
 from launch.__main__ import main
-from launch.job import JobConfig
+from launch.job import JobConfig, resolve_job
 from launch.slurm import quote_directive, render
 from pretrain.config import check_config
 
 ROOT = Path(__file__).parents[2]
-PROBE = str(Path(__file__).with_name("rank_probe.py"))
+GOLDEN = ROOT / "tests/launch/golden"
 LIMIT_S = 30
 
 HOSTILE = [
     "$(touch PWNED)", "`touch PWNED`", "; touch PWNED", "'; touch PWNED; '", '"; touch PWNED; "', "\ntouch PWNED\n",
     "' $(touch PWNED) '", '" $(touch PWNED) "', "a\\", "\\$(touch PWNED)", "[0]=$(touch PWNED)", ") ; touch PWNED ; (",
-    "${HOME}", "~", "*", "# not a comment", "-n", "--help", "", " ", "\t", "!!", "a=b c", "é 漢",
+    "${HOME}", "~", "*", "# not a comment", "-n", "--help", "", " ", "\t", "!!", "a=b c", "é 漢", "; rm -rf PRECIOUS",
 ]  # fmt: skip
 
-# Two ranks, each in a process group of its own, as a step has; like srun, it ends with the highest exit code.
+# Clusters: what is given beside configs/launch/slurm.yaml.
+CLUSTERS = {
+    "plain.sbatch": [],
+    "modules.sbatch": ["cluster=configs/launch/cluster_modules.yaml", "setup=[]", "gpus_per_node=null", "spare_nodes=1"],
+    "conda.sbatch": ["cluster=configs/launch/cluster_conda.yaml", "setup=[]", "gpus_per_node=null", "mail=me@example.org"],
+    "pyxis.sbatch": ["cluster=configs/launch/cluster_pyxis.yaml", "setup=[]", "qos=high", "reservation=week"],
+    "apptainer.sbatch": ["cluster=configs/launch/cluster_apptainer.yaml", "setup=[]", "environment={}"],
+    "command.sbatch": [
+        "config=null", "overrides=[]", "command=[./probe, it's, $HOME]", "setup=[]", "environment={}", "run=runs/a b",
+        "requeue=false", "chain=3", "save_before_end_s=0", "memory_gib_per_node=null", "working_directory=/data/my runs",
+        "partition='gpu,gpu-long'", "account=lab", "constraint='a100|h100'", "exclude='node[3-4]'",
+        "extra_sbatch={comment: 'say \"hi\" \\ there', nice: 100}",
+    ],
+    "ssh.sh": ["kind=ssh", "nodes=2", "hosts=[node1, me@node2]"],
+}  # fmt: skip
+
+# One task: the supervisors' stand-in, `agent`, which is `python` of the jobs here.
 SRUN = """#!/usr/bin/env bash
+echo "$@" >"$CALLS/srun"
 while [[ $1 == --* ]]; do shift; done
-export SLURM_STEP_ID=4 SLURM_STEP_NUM_TASKS=2
-code=0
-for rank in 0 1; do
-  SLURM_PROCID=$rank SLURM_LOCALID=$rank setsid "$@" >"$CALLS/rank-$rank" 2>&1 &
-  echo $! >>"$CALLS/ranks"
-done
-for rank in $(<"$CALLS/ranks"); do wait "$rank" || { one=$?; ((one < code)) || code=$one; }; done
-exit $code
+exec "$@"
 """
-STAND_INS = {
-    "srun": SRUN,
-    "scontrol": '#!/bin/sh\n[ "$1" = requeue ] || { echo localhost; exit; }\necho "$@" >>"$CALLS/requeue"\n',
-    "squeue": '#!/bin/sh\necho "$STATE"\n',
-    "scancel": '#!/bin/sh\necho "$@" >>"$CALLS/scancel"\nfor rank in $(cat "$CALLS/ranks"); do kill -TERM "-$rank"; done\n',
-}
+STAND_INS = {"srun": SRUN, "scontrol": '#!/bin/sh\necho "$@" >>"$CALLS/scontrol"\n'}
 
 
 class Stage:
-    """A folder in which rendered scripts run as batch scripts do."""
+    """A folder in which rendered scripts run as batch scripts do. `agent`: a line of bash, what the supervisors do."""
 
     def __init__(self, folder: Path):
         self.folder, self.calls = folder, folder / "calls"
         self.calls.mkdir()
         (folder / "bin").mkdir()
         for name, text in STAND_INS.items():
-            (folder / "bin" / name).write_text(text)
-            (folder / "bin" / name).chmod(0o755)
+            self.write(name, text)
 
-    def start(self, state: str = "RUNNING None", restarts: int = 0, **keys) -> subprocess.Popen:
-        values = {"name": "job", "nodes": 1, "gpus_per_node": 2, "time_limit_min": 60, "python": sys.executable, **keys}
-        job = check_config(values, JobConfig, "job.yaml")
-        (self.folder / "job.sbatch").write_text(render(job, job.command))
+    def write(self, name: str, text: str) -> None:
+        (self.folder / "bin" / name).write_text(text)
+        (self.folder / "bin" / name).chmod(0o755)
+
+    def start(
+        self, agent: str, restarts: int = 0, submission: str = "", job_id: int = 12, patience: str = "20", **keys
+    ):
+        agent = agent.replace("$here/", f'"$LAUNCH/jobs/12-{restarts}"/')
+        self.write("agent", f"#!/usr/bin/env bash\n{agent}\n")
+        values = {
+            "name": "job",
+            "nodes": 1,
+            "gpus_per_node": 2,
+            "time_limit_min": 60,
+            "python": str(self.folder / "bin/agent"),
+        }
+        values |= {"command": ["true"], "run": "run", "working_directory": str(self.folder), **keys}
+        job = resolve_job(check_config(values, JobConfig, "job.yaml"))
+        self.launch = job.launch
+        self.launch.mkdir(parents=True, exist_ok=True)
+        (self.launch / "job.json").touch()
+        script = render(job)
+        assert "waited > 20)" in script  # half seconds
+        (self.folder / "job.sbatch").write_text(script.replace("waited > 20)", f"waited > {patience})"))
         environment = {
             **os.environ,
             "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}",
             "CALLS": str(self.calls),
-            "STATE": state,
-            "SLURM_JOB_ID": "12",
+            "LAUNCH": str(self.launch),
+            "SLURM_JOB_ID": str(job_id),
             "SLURM_JOB_NODELIST": "localhost",
             "SLURMD_NODENAME": "localhost",
             "SLURM_RESTART_COUNT": str(restarts),
         }
         return subprocess.Popen(
-            ["bash", "job.sbatch"],
+            ["bash", "job.sbatch", *([submission] if submission else [])],
             cwd=self.folder,
             env=environment,
             text=True,
@@ -79,13 +105,13 @@ class Stage:
             stderr=subprocess.STDOUT,
         )
 
-    def run(self, **keys) -> tuple[int, str]:
-        process = self.start(**keys)
+    def run(self, agent: str, **keys) -> tuple[int, str]:
+        process = self.start(agent, **keys)
         output, _ = process.communicate(timeout=LIMIT_S)
         return process.returncode, output
 
-    def was_requeued(self) -> bool:
-        return (self.calls / "requeue").exists()
+    def said(self, name: str) -> str:
+        return read(self.calls / name)
 
 
 @pytest.fixture
@@ -93,52 +119,51 @@ def stage(tmp_path):
     return Stage(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("golden", "overrides"),
-    [
-        ("slurm.sbatch", []),
-        (
-            "slurm_command.sbatch",
-            ["config=null", "overrides=[]", "command=[./probe, it's, $HOME]", "setup=[]", "environment={}",
-             "requeue=false", "save_before_end_s=0", "memory_gib_per_node=null", "working_directory=/data/my runs",
-             "partition='gpu,gpu-long'", "account=lab", "qos=high", "constraint='a100|h100'", "exclude='node[3-4]'",
-             "reservation=week", "extra_sbatch={comment: 'say \"hi\" \\ there', mail-type: FAIL}"],
-        ),
-    ],
-)  # fmt: skip
-def test_golden(golden, overrides, capsys):
-    """After a wanted change: python -m launch render configs/launch/slurm.yaml OVERRIDES > tests/golden/..."""
-    assert main(["render", str(ROOT / "configs/launch/slurm.yaml"), *overrides]) == 0
-    assert capsys.readouterr().out == (ROOT / "tests/golden" / golden).read_text()
+@pytest.mark.parametrize("golden", CLUSTERS)
+def test_golden(golden, capsys, monkeypatch):
+    """After a wanted change: tests/launch/test_rendered_script.py GOLDEN writes them all anew."""
+    assert render_golden(golden, capsys) == (GOLDEN / golden).read_text()
+
+
+def render_golden(golden: str, capsys=None) -> str:
+    given = ["working_directory=/home/me/stack", "run=runs/vit_b16", *CLUSTERS[golden]]
+    assert main(["render", str(ROOT / "configs/launch/slurm.yaml"), *given]) == 0
+    return capsys.readouterr().out if capsys else ""
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+@pytest.mark.parametrize("golden", CLUSTERS)
+def test_shellcheck_finds_nothing(golden):
+    # 1091: it does not follow `source`; 2016: that $HOME is not expanded is the point
+    command = ["shellcheck", "-s", "bash", "-e", "1091,2016", GOLDEN / golden]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout
+    assert subprocess.run(["bash", "-n", GOLDEN / golden]).returncode == 0
 
 
 def test_hostile_values_arrive_as_they_are(stage):
+    (stage.folder / "PRECIOUS").touch()
+    say = f'{sys.executable} -c \'import json, os; json.dump(dict(os.environ), open("said.json", "w"))\'; echo 0 >$here/end'
+    run = "run $(touch PWNED) ' \" ; rm -rf PRECIOUS"
     code, output = stage.run(
-        command=[sys.executable, PROBE, "say", "said.json", *HOSTILE],
+        say,
         environment={f"HOSTILE_{i}": value for i, value in enumerate(HOSTILE)},
-        output="logs $(touch PWNED) ' \" ; touch PWNED",
-        working_directory="'; touch PWNED; \"$(touch PWNED)`touch PWNED`\\",
+        run=run,
         account='a" --uid=0 \\',
     )
     assert code == 0, output
     said = json.loads((stage.folder / "said.json").read_text())
-    assert said["words"] == HOSTILE
-    assert [said["environment"][f"HOSTILE_{i}"] for i in range(len(HOSTILE))] == HOSTILE
-    assert list(stage.folder.rglob("PWNED")) == []
-    assert subprocess.run(["bash", "-n", stage.folder / "job.sbatch"]).returncode == 0
+    assert [said[f"HOSTILE_{i}"] for i in range(len(HOSTILE))] == HOSTILE
+    assert stage.said("srun").endswith(f"-m launch agent {stage.folder}/{run}/launch/job.json\n")
+    assert list(stage.folder.rglob("PWNED")) == [] and (stage.folder / "PRECIOUS").exists()
 
 
-def test_hostile_values_stay_in_their_line_of_the_head(stage):
-    lines = render(
-        check_config(
-            {"name": "job", "nodes": 1, "gpus_per_node": 2, "time_limit_min": 60, "command": ["true"],
-             "working_directory": "; touch PWNED", "account": "a # b", "extra_sbatch": {"comment": '" --uid=0 "'}},
-            JobConfig, "job.yaml",
-        ),
-        ["true"],
-    ).splitlines()  # fmt: skip
+def test_hostile_values_stay_in_their_line_of_the_head():
+    values = {"name": "job", "nodes": 1, "gpus_per_node": 2, "time_limit_min": 60, "command": ["true"],
+              "working_directory": "/; touch PWNED", "account": "a # b", "extra_sbatch": {"comment": '" --uid=0 "'}}  # fmt: skip
+    lines = render(resolve_job(check_config(values, JobConfig, "job.yaml"))).splitlines()
     head = lines[: lines.index("set -euo pipefail")]
-    assert '#SBATCH --chdir="; touch PWNED"' in head
+    assert '#SBATCH --chdir="/; touch PWNED"' in head
     assert '#SBATCH --account="a # b"' in head
     assert '#SBATCH --comment="\\" --uid=0 \\""' in head
     assert all(line.startswith("#") for line in head)
@@ -150,92 +175,75 @@ def test_quoting_for_sbatch(value, text):
 
 
 @pytest.mark.parametrize(
-    ("exits", "state", "keys", "code", "requeued", "says"),
+    ("agent", "code", "stopped", "says"),
     [
-        ("0", "RUNNING None", {}, 0, False, "finished"),
-        ("7", "RUNNING None", {}, 7, False, "ended first, with exit code 7"),
-        ("85", "RUNNING None", {}, 85, True, "queued again"),
-        ("85", "COMPLETING TimeLimit", {}, 85, True, "queued again"),
-        ("85", "COMPLETING None", {}, 85, False, "Slurm is ending the job"),  # scancel: it must stay cancelled
-        ("85", "RUNNING None", {"max_requeues": 3, "restarts": 2}, 85, True, "queued again"),
-        ("85", "RUNNING None", {"max_requeues": 3, "restarts": 3}, 85, False, "not queued again after 3 restarts"),
-        ("85", "RUNNING None", {"requeue": False}, 85, False, "Submit it again"),
+        ("echo 0 >$here/end", 0, "", "ends with exit code 0"),
+        ("echo 7 >$here/end", 7, "7 12 job 12 ended with exit code 7", "ends with exit code 7"),
+        ("echo 85 >$here/end; echo requeue >$here/continued; exit 85", 85, "", "ends with exit code 85"),
+        ("exit 7", 7, "7 12 job 12 ended with exit code 7", "without a word"),
+        ("exit 0", 1, "1 12 job 12 ended with exit code 1", "without a word"),  # success has to be said
+        ("echo 0 >$here/end; exit 3", 0, "", "ends with exit code 0"),  # who could not end well changes nothing
     ],
 )
-def test_how_a_job_ends(stage, exits, state, keys, code, requeued, says):
-    ended, output = stage.run(command=["sh", "-c", f"exit {exits}"], state=state, **keys)
-    assert (ended, stage.was_requeued()) == (code, requeued), output
+def test_the_exit_code_is_what_the_supervisors_say(stage, agent, code, stopped, says):
+    ended, output = stage.run(agent)
+    assert ended == code, output
     assert says in output
+    assert read(stage.launch / "stopped").strip() == stopped
 
 
-@pytest.mark.parametrize(
-    ("first", "then", "code", "requeued"),
-    [
-        ("exit 7", "kill -KILL $$", 7, False),  # srun would tell the highest code: that of a rank killed after it
-        ("exit 7", "exit 85", 7, False),
-        ("exit 85", "exit 1", 85, True),
-        ("exit 85", "kill -KILL $PPID", 85, True),  # as srun does with ranks that stay behind for too long
-    ],
-)
-def test_the_first_rank_that_does_not_finish_says_how_the_job_ended(stage, first, then, code, requeued):
-    ranks = f"[ $RANK = 1 ] && {first}; until [ -s logs/job-12/start-0.first ]; do sleep 0.05; done; {then}"
-    ended, output = stage.run(command=["sh", "-c", ranks], output="logs")
-    assert (ended, stage.was_requeued()) == (code, requeued), output
-    assert f"rank 1 on localhost ended first, with exit code {code}" in output
+def test_the_script_does_not_wait_for_the_dead(stage):
+    """srun waits for tasks on nodes that are gone."""
+    process = stage.start("echo 85 >$here/end; until [ -e $here/over ]; do sleep 0.1; done", patience="2")
+    assert process.wait(LIMIT_S) == 85
+    assert subprocess.run(["pgrep", "-f", str(stage.folder / "bin/agent")], capture_output=True).returncode == 0
+    (stage.launch / "jobs/12-0/over").touch()
+    process.communicate(timeout=LIMIT_S)
 
 
-def test_usr1_reaches_the_ranks_as_sigterm_and_the_script_waits_for_them(stage):
-    process = stage.start(command=[sys.executable, PROBE, "train"])
-    wait_for(lambda: all("ready" in read(stage.calls / f"rank-{rank}") for rank in (0, 1)))
-    process.send_signal(signal.SIGUSR1)
+@pytest.mark.parametrize(("number", "notice"), [(signal.SIGUSR1, "time_limit"), (signal.SIGTERM, "cancel")])
+def test_signals_reach_the_supervisors_and_the_script_waits_for_them(stage, number, notice):
+    agent = "echo ready >$CALLS/ready; until [ -s $here/notice ]; do sleep 0.1; done; echo 85 >$here/end"
+    process = stage.start(agent)
+    wait_for(lambda: stage.said("ready"))
+    process.send_signal(number)
     output, _ = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 85, output
-    assert read(stage.calls / "scancel") == "--signal=TERM 12.4\n"
-    assert all("saved" in read(stage.calls / f"rank-{rank}") for rank in (0, 1))
-    assert stage.was_requeued()
+    assert read(stage.launch / "jobs/12-0/notice") == f"{notice}\n"
 
 
-def test_a_rank_that_slurms_sigterm_ends_before_it_can_listen_was_interrupted(stage):
-    process = stage.start(command=["sh", "-c", "echo ready; exec sleep 60"])
-    wait_for(lambda: all("ready" in read(stage.calls / f"rank-{rank}") for rank in (0, 1)))
-    process.send_signal(signal.SIGUSR1)
-    output, _ = process.communicate(timeout=LIMIT_S)
-    assert (process.returncode, stage.was_requeued()) == (85, True), output
+def test_the_script_queues_the_job_again_where_the_supervisors_cannot(stage):
+    code, output = stage.run("touch $here/requeue; echo 85 >$here/end")
+    assert (code, stage.said("scontrol")) == (85, "requeue 12\n"), output
+    assert not (stage.launch / "stopped").exists()
 
 
-def test_a_rank_that_anyone_else_ends_has_failed(stage):
-    code, output = stage.run(command=["sh", "-c", "kill -TERM $$"])
-    assert (code, stage.was_requeued()) == (143, False), output
+def test_of_a_submission_that_was_taken_twice_only_one_runs(stage):
+    assert stage.run("echo 0 >$here/end", submission="token")[0] == 0
+    assert stage.run("echo 0 >$here/end", submission="token", restarts=1)[0] == 0, "the same job, queued again"
+    (stage.calls / "srun").unlink()
+    code, output = stage.run("echo 0 >$here/end", submission="token", job_id=13)
+    assert (code, stage.said("srun")) == (0, "")
+    assert "this submission runs as job 12 already" in output
+
+
+def test_a_job_of_a_chain_does_nothing_when_the_run_is_done_or_stopped(stage):
+    assert stage.run("exit 9")[0] == 9
+    code, output = stage.run("echo 0 >$here/end", job_id=13)
+    assert code == 9 and "the run was stopped: job 12 ended with exit code 9" in output
+    assert stage.run("echo 0 >$here/end", restarts=1)[0] == 0, "somebody has queued job 12 again"
+    (stage.folder / "run/done.json").touch()
+    os.utime(stage.folder / "run/done.json", (2**32, 2**32))  # later than the submission
+    (stage.calls / "srun").unlink()
+    code, output = stage.run("exit 9", job_id=14)
+    assert (code, stage.said("srun")) == (0, "") and "the run is done" in output
 
 
 def test_setup_may_read_unset_variables_but_must_succeed(stage):
-    code, output = stage.run(command=["sh", "-c", "test $FROM_SETUP = yes"], setup=['export FROM_SETUP="yes$UNSET"'])
+    code, output = stage.run("test $FROM_SETUP = yes && echo 0 >$here/end", setup=['export FROM_SETUP="yes$UNSET"'])
     assert code == 0, output
-    code, output = stage.run(command=["true"], setup=["false"])
+    code, output = stage.run("echo 0 >$here/end", setup=["false"], run="other")
     assert code == 1, output
-
-
-@pytest.mark.parametrize(
-    ("sbatch", "message"),
-    [
-        (None, "sbatch is not on PATH"),
-        (
-            "echo 'sbatch: error: invalid partition specified: x' >&2; echo 'sbatch: error: Batch job submission failed' >&2; exit 1",
-            "error: sbatch refused the job: invalid partition specified: x; Batch job submission failed\n",
-        ),
-    ],
-)
-def test_a_refused_submission_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys, sbatch, message):
-    if sbatch:
-        (tmp_path / "sbatch").write_text(f"#!/bin/sh\n{sbatch}\n")
-        (tmp_path / "sbatch").chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    job = {"name": "job", "command": ["true"], "nodes": 1, "gpus_per_node": 1, "time_limit_min": 60}
-    (tmp_path / "job.yaml").write_text(json.dumps({**job, "output": str(tmp_path / "logs")}))
-    assert main(["submit", str(tmp_path / "job.yaml")]) == 2
-    error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
-    assert list(tmp_path.glob("logs/*")) == []
 
 
 def read(path: Path) -> str:
@@ -247,3 +255,10 @@ def wait_for(condition) -> None:
     while not condition():
         assert time.monotonic() < end, "waited too long"
         time.sleep(0.05)
+
+
+if __name__ == "__main__":
+    for name in CLUSTERS:
+        with open(GOLDEN / name, "w") as file:
+            sys.stdout = file
+            render_golden(name)

@@ -29,7 +29,7 @@ from data_tools.files import hash_file, sync_folder, write_json_atomic
 from pretrain.checkpoint import elastic
 from pretrain.checkpoint.mirror import STATE, Mirror, fetch_newest
 from pretrain.config import ConfigModel, Count
-from pretrain.engine import unsharded_masters
+from pretrain.engine import loss_scale, unsharded_masters
 from pretrain.world import World
 
 log = logging.getLogger(__name__)
@@ -259,7 +259,7 @@ class Saver:
         state = {
             **state,
             "optimized": elastic.optimized_names(self.engine),
-            "loss_scale": elastic.loss_scale(self.engine),
+            "loss_scale": loss_scale(self.engine) if self.engine.fp16_enabled() else None,
         }
         names = [str(path.relative_to(first)) for path in written]
         self.pending = Pending(step, state, temporary, names, self.staging)

@@ -5,6 +5,7 @@ Shape legend: B pairs per rank, G = B x world, N image tokens, L text tokens, D 
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import pydantic
 import torch
@@ -102,6 +103,13 @@ class LogitBias(nn.Module):
         return self.bias if self.bias.dtype == torch.float64 else self.bias.float()
 
 
+class KnownTexts(NamedTuple):
+    """Texts that need not be encoded again."""
+
+    tokens: Tensor  # [G,L,D] of the global batch
+    own: Tower  # of the micro-batch; `pooled` of unit norm
+
+
 class ImageTextModel(nn.Module):
     """`model(batch)` returns a `ModelOutput`. Every rank calls the same modules in the same order."""
 
@@ -151,24 +159,33 @@ class ImageTextModel(nn.Module):
         heads: bool = True,
         pairs: MatchPairs | None = None,
         token_weights: TokenWeights | None = None,
-    ) -> ModelOutput:
+        texts: KnownTexts | None = None,
+        text_only: bool = False,
+    ) -> ModelOutput | Tower:
         """Embeddings of the batch and, unless `heads` is off, what the heads make of its fused tokens.
 
         Without `pairs`, negatives are drawn from these very embeddings, which then have to be the rank's whole batch; a
-        micro-batch is given the `pairs` that were drawn for it. So it is with `token_weights`, the counted tokens.
+        micro-batch is given the `pairs` that were drawn for it. So it is with `token_weights`, the counted tokens. Given the
+        `texts`, it encodes images only, and with `text_only` texts only: these are the tower's, `pooled` of unit norm.
         """
         keys = self.sample_keys(torch.from_numpy(batch.position).to(batch.image.device))
-        image, text = self.encode_image(batch.image, keys), self.encode_text(batch.ids, batch.mask, keys)
+        if text_only:
+            text = self.encode_text(batch.ids, batch.mask, keys)
+            return Tower(text.tokens, unit(text.pooled))
+        image = self.encode_image(batch.image, keys)
+        text = texts.own if texts else self.encode_text(batch.ids, batch.mask, keys)
         output = ModelOutput(
             unit(image.pooled),
-            unit(text.pooled),
+            text.pooled if texts else unit(text.pooled),
             self.logit_scale(),
             self.logit_bias() if self.logit_bias else None,
             batch.identity,
+            text_tokens=text.tokens,
         )
         if heads and self.match_head:
             pairs = pairs or self.plan(batch, output).pairs(0, len(batch.image))
-            self.match(batch, image, text, keys, pairs, output)
+            everyone = texts.tokens if texts else (text.tokens if pairs.all_own else None)
+            self.match(batch, image, text, keys, pairs, everyone, output)
         if heads and (self.caption_head or self.masked_head):
             self.predict_tokens(batch, image, text, keys, token_weights or self.weigh_tokens(batch), output)
         return output
@@ -199,9 +216,17 @@ class ImageTextModel(nn.Module):
         return plan_matches(batch, *embeddings, self.seed, self.config.random_negatives, self.world)
 
     def match(
-        self, batch: Batch, image: Tower, text: Tower, keys: Tensor, pairs: MatchPairs, output: ModelOutput
+        self,
+        batch: Batch,
+        image: Tower,
+        text: Tower,
+        keys: Tensor,
+        pairs: MatchPairs,
+        everyone: Tensor | None,
+        output: ModelOutput,
     ) -> None:
-        """Fill in the match part: the texts that are not of these images are encoded here, beside the images.
+        """Fill in the match part: the texts that are not of these images are encoded here, beside the images, unless the
+        tokens of `everyone` [G,L,D] are there.
 
         An image that many texts resemble is drawn by many. Those beyond the usual number come in chunks of their own,
         which the backward pass computes again, so that they take time but no memory.
@@ -213,10 +238,10 @@ class ImageTextModel(nn.Module):
         def match_others(image_tokens: Tensor, text_tokens: Tensor, start: int, stop: int) -> Tensor:
             """Logits of the texts [start, stop) of `pairs` with their images; before the first ones, those of the own."""
             chunk = slice(start, stop)
-            if pairs.all_own:
-                others = text_tokens[pairs.text[chunk]]
-            else:
+            if everyone is None:
                 others = self.encode_text(pairs.ids[chunk], pairs.mask[chunk], text_keys[chunk]).tokens
+            else:
+                others = everyone[pairs.text[chunk]]
             rows = image_rows[chunk]
             sides = [others, pairs.mask[chunk], image_tokens[rows], pair_keys(keys[rows], text_keys[chunk])]
             if start == 0:

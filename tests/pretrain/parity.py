@@ -17,6 +17,7 @@ from pretrain.engine import (
     EngineConfig,
     apply_gradients,
     build_engine,
+    import_deepspeed,
     learning_rate,
     parameter_groups,
     set_learning_rate,
@@ -158,6 +159,9 @@ class PlainEngine:
 
     def zero_optimization_stage(self) -> int:
         return 0
+
+    def fp16_enabled(self) -> bool:
+        return False
 
     def allreduce_gradients(self) -> None:
         pass
@@ -360,6 +364,12 @@ def losses_of_both(world: World) -> dict[str, list[tuple[str, float, list[np.nda
 BAD_STEP = 2
 
 
+def allow_fp16() -> None:
+    """DeepSpeed refuses fp16 on CPUs, which is slow there and works."""
+    accelerator = import_deepspeed().get_accelerator()
+    type(accelerator).is_fp16_supported = lambda self: True
+
+
 class Run(NamedTuple):
     """How DeepSpeed trains."""
 
@@ -380,6 +390,8 @@ def train_losses(world: World, runs: list[Run], steps: int, case: Case) -> list[
         )
         model = build_model(config, TOKENIZER, 0, world).train()
         engine = build_engine(model, settings, GLOBAL_BATCH, world)
+        if run.precision == "fp16":  # no overflow: all steps count
+            (getattr(engine.optimizer, "loss_scaler", None) or engine.optimizer.loss_scale_config).cur_scale = 64.0
         momentum = None
         if case.losses.momentum:
             momentum = Momentum(case.losses.momentum, config, TOKENIZER, engine, world, {})

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from lives import LifeOfRun, arguments, at_end_of_step, events_of, keys_of, losses_of, stall, weights_of
+from parity import allow_fp16
 from ranks import run_on_ranks
 
 from pretrain.checkpoint import gather_weights
@@ -214,18 +215,16 @@ class Overflow(torch.autograd.Function):
         return gradient * float("inf")
 
 
-def allow_fp16(run: Path | None = None) -> None:
-    """DeepSpeed refuses fp16 on CPUs, which is slow there and works."""
-    from pretrain.engine import import_deepspeed
-
-    accelerator = import_deepspeed().get_accelerator()
-    type(accelerator).is_fp16_supported = lambda self: True
-
-
 def overflow_for_long(world: World) -> None:
     """At each stage: the loss scale falls to its least and stays there, with no exception, and no weight changes."""
-    from pretrain.checkpoint.elastic import loss_scale
-    from pretrain.engine import EngineConfig, apply_gradients, build_engine, can_lower_loss_scale, gradient_norm
+    from pretrain.engine import (
+        EngineConfig,
+        apply_gradients,
+        build_engine,
+        can_lower_loss_scale,
+        gradient_norm,
+        loss_scale,
+    )
 
     allow_fp16()
     for stage in range(4):

@@ -133,10 +133,11 @@ def test_hosts_by_ssh(tmp_path):
         keys = {"kind": "ssh", "hosts": ["node1", "root@node2"], "time_limit_min": None}
         file = cluster.write_job(folder, "meet", "met.json", **keys)
         launch = [LAB, "-d", cluster.place, "exec", sys.executable, "-m", "launch"]  # names are known there
+        cluster.environment["NCCL_PROBE"] = "it's $(mine)"  # of who submits
         cluster.run(*launch, "submit", file, "--wait")
         met = json.loads((folder / "met.json").read_text())
         assert [(rank["RANK"], rank["NODE_RANK"]) for rank in met] == [("0", "0"), ("1", "0"), ("2", "1"), ("3", "1")]
-        assert {rank["MASTER_ADDR"] for rank in met} == {"10.77.0.11"}
+        assert {(rank["MASTER_ADDR"], rank["NCCL_PROBE"]) for rank in met} == {("10.77.0.11", "it's $(mine)")}
         cluster.run(*launch, "submit", cluster.write_job(folder, "train", **keys, run="train"))
         logs = folder / "train/launch/logs"
         wait_for(lambda: "".join(path.read_text() for path in logs.glob("rank-*")).count("ready\n") == 4)

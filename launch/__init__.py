@@ -1,1 +1,1 @@
-"""Rendering and submitting jobs on a cluster. Imports `pretrain.config` only, and never torch."""
+"""Launching runs, and keeping them going until they are done. Imports `pretrain.config` only, and never torch."""

@@ -38,9 +38,10 @@ from types import FrameType
 from typing import Any
 
 from data_tools.errors import UserError
+from launch import slurm
 from launch.heartbeat import Heart, load_secret
-from launch.job import read_job
-from launch.leader import START_WAIT_S, Leader, find_lost, side
+from launch.job import ResolvedJob, read_job
+from launch.leader import Leader, find_lost, side
 from launch.ranks import LOGS, Ranks, check_gpus, count_gpus, rank_places
 from launch.shared import Shared
 
@@ -50,17 +51,20 @@ CANDIDATES = 5  # nodes that hear of all others, and so can take over
 ALL_TO_ALL = 16  # up to so many nodes, everybody hears of everybody
 TAKE_OVER_S = 0.3  # by which a node that hears only half waits for the old leader to claim its own succession
 LONELY_S = 1800.0  # without a leader, after which a supervisor ends
+RELEASE_TRIES, RELEASE_PAUSE_S = 8, 5.0
 OUTPUT_BYTES = 16_384  # of a command on a node, that go into its answer
 
 
 class Agent:
     """`supervise` is its whole life."""
 
-    def __init__(self, path: Path, job: Any, nodes: list[str], node: str, key: str, addresses: dict[str, str]) -> None:
+    def __init__(
+        self, path: Path, job: ResolvedJob, nodes: list[str], node: str, key: str, addresses: dict[str, str]
+    ) -> None:
         self.path, self.job, self.nodes, self.node, self.key = path, job, nodes, node, key
         self.addresses = addresses
         launch = path.parent
-        self.shared = Shared(launch.parent, key, node)
+        self.shared = Shared(launch.parent, key, node, len(nodes))
         (launch / LOGS).mkdir(exist_ok=True)
         self.woken, self.waker = os.pipe()
         os.set_blocking(self.woken, False)
@@ -370,8 +374,7 @@ class Agent:
             heard = self.heart.heard()
             first = next(node for node in self.nodes if node == self.node or node in heard)
             waited_s = now_s - self.since_s
-            patience_s = getattr(self.job, "start_wait_s", START_WAIT_S)
-            if self.node != self.nodes[0] and not (first == self.node and waited_s > patience_s):
+            if self.node != self.nodes[0] and not (first == self.node and waited_s > self.job.start_wait_s):
                 return
             self.doubt_s = None
         else:
@@ -477,7 +480,7 @@ def find_free_port() -> int:
         return probe.getsockname()[1]
 
 
-def end_time(job: Any) -> float | None:
+def end_time(job: ResolvedJob) -> float | None:
     """When Slurm ends the allocation, in unix seconds; None where nobody will."""
     if "SLURM_JOB_ID" not in os.environ:
         return None
@@ -486,28 +489,31 @@ def end_time(job: Any) -> float | None:
 
 
 def ask_slurm_why() -> str | None:
-    """Why Slurm sends a SIGTERM: "preemption", "time_limit" or "cancel"; None where it does not answer. May take 10 s."""
-    if "SLURM_JOB_ID" not in os.environ:
+    """Why Slurm sends a SIGTERM: "preemption", "time_limit" or "cancel"; None where it does not answer. May take 15 s."""
+    found = None
+    with contextlib.suppress(UserError):
+        found = slurm.query_job(os.environ["SLURM_JOB_ID"]) if "SLURM_JOB_ID" in os.environ else None
+    if found is None:
         return None
-    try:
-        command = ["scontrol", "show", "job", os.environ["SLURM_JOB_ID"]]
-        text = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=10).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    facts = dict(word.split("=", 1) for word in text.split() if "=" in word)
-    if facts.get("PreemptTime", "None") not in ("None", "Unknown", "N/A") or "REQUEUE" in facts.get("JobState", ""):
+    if found.preempted or found.state.startswith("REQUEUE"):
         return "preemption"
-    if facts.get("JobState") == "TIMEOUT" or facts.get("Reason") == "TimeLimit":
+    if found.state == "TIMEOUT" or found.reason == "TimeLimit":
         return "time_limit"
-    return "cancel" if facts.get("JobState") == "CANCELLED" else None
+    return "cancel" if found.state == "CANCELLED" else None
 
 
 def release_allocation() -> None:
-    """Give the nodes of this job back. May take 30 s."""
-    if "SLURM_JOB_ID" in os.environ:
-        told("the first node is lost, and the batch script with it: giving the allocation back")
-        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-            subprocess.run(["scancel", os.environ["SLURM_JOB_ID"]], stdin=subprocess.DEVNULL, timeout=30)
+    """Give the nodes of this job back. May take minutes."""
+    if "SLURM_JOB_ID" not in os.environ:
+        return
+    told("the first node is lost, and the batch script with it: giving the allocation back")
+    for _ in range(RELEASE_TRIES):
+        try:
+            slurm.cancel([os.environ["SLURM_JOB_ID"]])
+            return
+        except UserError as error:
+            told(str(error))
+            time.sleep(RELEASE_PAUSE_S)
 
 
 def main(path: str | Path, nodes: str | None = None, node: str | None = None, job_name: str | None = None) -> int:

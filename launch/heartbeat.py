@@ -97,8 +97,8 @@ class Heart:
     def poke(self) -> None:
         try:
             self.poke_in.send(b".")
-        except BlockingIOError:
-            pass  # it is awake
+        except OSError:
+            pass  # it is awake, or has ended
 
     def meet(self, places: dict[str, tuple[str, int]]) -> None:
         """Where the others are, by node; those that were known stay as they are unless they have moved."""

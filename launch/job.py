@@ -228,6 +228,7 @@ class JobConfig(SlurmConfig):
     rank_silent_s: float = Field(default=60.0, gt=0)
     start_wait_s: float = Field(default=120.0, gt=0)
     heartbeat_s: float = Field(default=0.5, gt=0)
+    node_mtbf_h: float = Field(default=1000.0, gt=0)
     preflight: PreflightConfig = PreflightConfig()
 
     @pydantic.field_validator("command")
@@ -336,7 +337,7 @@ JOBS: dict[str, type[SlurmConfig]] = {
 CLUSTER_KEYS = (
     "partition", "account", "qos", "constraint", "exclude", "reservation", "extra_sbatch", "setup", "environment",
     "container", "python", "gpus_per_node", "gpu_type", "gpu_request", "cpus_per_gpu", "memory_gib_per_node", "mail",
-    "time_limit_min", "requeue",
+    "time_limit_min", "requeue", "node_mtbf_h",
 )  # fmt: skip
 
 

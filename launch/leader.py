@@ -20,21 +20,20 @@ from typing import Any
 from launch import ladder
 from launch.events import append_event, read_launch_events, read_lines
 from launch.heartbeat import ACCEPTS, REFUSES, Heart
-from launch.judge import Evidence, RankEnd, Verdict, judge, recall_verdicts, verdict_facts
+from launch.job import ResolvedJob, choose_notice_s, read_save_stalls_s
+from launch.judge import Evidence, RankEnd, Verdict, judge, recall_verdicts, remember_bad_node, verdict_facts
+from launch.preflight import preflight
 from launch.ranks import log_tail
-from launch.shared import LOOK_S, SIGN_S, Shared, replace
+from launch.shared import SIGN_S, Shared, replace
+from launch.successor import continue_job
 
 EXIT_SAVED, EXIT_RESTART = 85, 86
-START_WAIT_S = 120.0  # for all supervisors to appear, from the first one's start
 PREPARE_S = 20.0  # for a node to end the ranks of the life before
 GRACE_S = 2.0  # for the other ranks to end by themselves, and say why, after one has failed
 FINISH_S = 60.0  # the same after one has finished or saved
+MEASURE_S = 60.0  # between two looks at how long saves take
 RETURN_S = 5.0  # for which a node has to answer again before it is used
 END_S = 5.0  # for the other supervisors to end their ranks at the end of the job
-PREFLIGHT_S = 60.0
-JITTER_S = 60.0  # Slurm's notice before the time limit may come that much too early
-MARGIN_S = 30.0
-SAVES_MEASURED = 5
 
 Clock = Callable[[], float]
 
@@ -56,7 +55,7 @@ def find_lost(heart: Heart, shared: Shared, node: str, silent_s: float) -> str |
         return "frozen"
     sign = shared.look.signs.get(node)
     since_beat_s = silence_s - (time.monotonic() - sign[1]) if sign else 0.0
-    return "cut" if since_beat_s > SIGN_S + 2 * LOOK_S else "silent"
+    return "cut" if since_beat_s > SIGN_S + 2 * shared.look_s else "silent"
 
 
 def side(voters: int, alive: int) -> str:
@@ -64,24 +63,12 @@ def side(voters: int, alive: int) -> str:
     return "most" if 2 * alive > voters else "half" if 2 * alive == voters else "few"
 
 
-def measure_save_s(run: Path) -> float | None:
-    """How long a save holds up training: the longest of the last ones; None before the first."""
-    stalls = [event.get("stall_s") for event in read_lines(run / "events.jsonl") if event.get("event") == "save"]
-    return max([float(stall) for stall in stalls[-SAVES_MEASURED:] if stall is not None], default=None)
-
-
-def measure_notice_s(run: Path, default_s: float) -> float:
-    """How long before the time limit Slurm should give notice: for a save, its own jitter, and a margin."""
-    save_s = measure_save_s(run)
-    return default_s if save_s is None else 1.5 * save_s + JITTER_S + MARGIN_S
-
-
 class Leader:
     """Made when a supervisor begins to lead; `tick` decides, `order` is the result, `code` the job's exit code at its end."""
 
     def __init__(
         self,
-        job: Any,
+        job: ResolvedJob,
         allocation: list[str],
         node: str,
         generation: int,
@@ -94,6 +81,8 @@ class Leader:
         self.job, self.allocation, self.node, self.generation = job, allocation, node, generation
         self.heart, self.shared, self.run, self.ask_why, self.release = heart, shared, shared.run, ask_why, release
         self.end_time = end_time  # of the allocation, unix seconds
+        self.notice_s = float(job.save_before_end_s or 0)  # before that; measured anew
+        self.measured_s = time.monotonic()
         self.number = 0
         self.phase, self.since_s = "gather", time.monotonic()
         self.action = "wait"
@@ -181,7 +170,7 @@ class Leader:
 
     def tick(self, own: dict[str, Any]) -> None:
         self.own = own
-        if self.leads:
+        if self.leads and self.phase != "end":
             self.watch_nodes()
         if not self.leads or self.code is not None:
             return
@@ -311,7 +300,7 @@ class Leader:
         missing = [node for node in self.allocation if node not in self.members]
         unready = [node for node in self.members if not self.says(node).get("ready")]
         waited_s = time.monotonic() - self.since_s
-        if (missing or unready) and waited_s < getattr(self.job, "start_wait_s", START_WAIT_S):
+        if (missing or unready) and waited_s < self.job.start_wait_s:
             return
         for node in missing:
             if node not in self.lost:
@@ -327,7 +316,7 @@ class Leader:
             self.end_job(2, f"{node}: {why}", "stop")
             return
         self.excluded |= refused
-        if getattr(getattr(self.job, "preflight", None), "enabled", False):
+        if self.job.preflight.enabled:
             self.give_order()
             began_s = time.monotonic()
             self.wait_for(self.in_thread(self.run_preflight), lambda bad: self.preflighted(bad, began_s))
@@ -335,10 +324,8 @@ class Leader:
             self.plan_first_life()
 
     def run_preflight(self) -> dict[str, list[str]]:
-        from launch.preflight import preflight
-
         nodes = [node for node in self.members if node not in self.excluded]
-        return preflight(self.run_on_nodes, nodes, self.job, PREFLIGHT_S)
+        return preflight(self.run_on_nodes, nodes, self.job, self.job.preflight.timeout_s)
 
     def preflighted(self, bad: dict[str, list[str]], began_s: float) -> None:
         self.commands.clear()
@@ -388,8 +375,7 @@ class Leader:
         return repair
 
     def fits(self, nodes: int) -> bool:
-        batch_size = getattr(self.job, "batch_size", None)
-        return batch_size is None or batch_size % (nodes * self.job.gpus_per_node) == 0
+        return self.job.batch_size is None or self.job.batch_size % (nodes * self.job.gpus_per_node) == 0
 
     # A life.
 
@@ -506,20 +492,18 @@ class Leader:
             self.log("training", step=found["step"])
 
     def watch_clock(self) -> None:
-        """Ask for the last save in time before the allocation ends."""
-        if self.end_time is None:
+        """Ask for the last save in time before the allocation ends, by what saves have taken so far."""
+        if self.end_time is None or not self.job.save_before_end_s:
             return
-        if not hasattr(self, "notice_s") or time.monotonic() - self.measured_s > 60:
+        if time.monotonic() - self.measured_s > MEASURE_S:
             self.measured_s = time.monotonic()
-            default_s = getattr(self.job, "save_before_end_s", 300)
-            self.notice_s: float = getattr(self, "notice_s", default_s)
 
             def measure() -> None:
-                self.notice_s = max(MARGIN_S, measure_notice_s(self.run, default_s + JITTER_S) - JITTER_S)
+                if stalls_s := read_save_stalls_s(self.run):
+                    self.notice_s = choose_notice_s(self.job.time_limit_min, stalls_s)
 
             self.shared.do(measure)
-        limit_s = getattr(self.job, "time_limit_min", 60) * 60
-        if time.time() > self.end_time - min(self.notice_s, limit_s / 2):
+        if time.time() > self.end_time - self.notice_s:
             self.begin_save("time_limit")
 
     def consider_growing(self) -> None:
@@ -616,7 +600,7 @@ class Leader:
             return
         if self.asked == "grow":
             self.asked = None  # it broke before it had saved: then that is what has to be repaired
-        verdict = judge(evidence, history)
+        verdict = judge(evidence, history, self.job.max_lives_same_failure)
         code = 0 if verdict.cause == "finished" else first_code(evidence, verdict)
         self.log("life_end", code=code, step=evidence.step)
         self.log("verdict", **{name: value for name, value in verdict_facts(verdict).items() if name != "life"})
@@ -645,10 +629,7 @@ class Leader:
             self.end_job(code if repair.action == "stop" else EXIT_RESTART, repair.reason, repair.action)
 
     def remember(self, verdict: Verdict) -> None:
-        from launch.judge import remember_bad_node
-
-        path = getattr(self.job, "bad_nodes", None) or self.shared.launch / "bad_nodes.json"
-        self.shared.do(remember_bad_node, path, verdict.node, str(self.run), verdict.reason)
+        self.shared.do(remember_bad_node, self.job.bad_nodes, verdict.node, str(self.run), verdict.reason)
 
     # The end of the job.
 
@@ -664,17 +645,13 @@ class Leader:
         self.enter("end", END_S)
         if following:  # this may end this very process: all is on record
             written = self.shared.do(lambda: None)
-            self.wait_for(self.in_thread(lambda: self.continue_job(written, kind or following)), self.continued)
+            self.wait_for(self.in_thread(lambda: self.ask_for_more(written, kind or following)), self.continued)
         else:
             self.give_order("end")
 
-    def continue_job(self, written: Future, reason: str) -> str | None:
+    def ask_for_more(self, written: Future, reason: str) -> str | None:
         """May take minutes, and end this process."""
         written.result(timeout=30)
-        try:
-            from launch.successor import continue_job
-        except ImportError:
-            return None
         return continue_job(self.job, reason, sorted({*self.lost, *self.excluded}))
 
     def continued(self, how: str | None) -> None:

@@ -26,6 +26,7 @@ from data_tools.files import TEMPORARY_SUFFIX
 from launch.events import FOLDER
 
 LOOK_S = 0.5
+NODES_A_SECOND, MOST_LOOK_S = 128, 5.0  # with more nodes than that, each looks less often
 SIGN_S = 1.0
 RETRY_S, RETRIES = 1.0, 60  # of what the folder did not let us do
 NOTICES = ("time_limit", "preemption", "cancel", "stop_file")
@@ -48,12 +49,13 @@ class Look:
 class Shared:
     """The thread and what it found. `do` has it call a function, in order; `look_for` says what to look at."""
 
-    def __init__(self, run: Path, job: str, node: str) -> None:
+    def __init__(self, run: Path, job: str, node: str, nodes: int) -> None:
         self.run, self.job, self.node = run, job, node
         self.launch = run / FOLDER
         self.folder = self.launch / "jobs" / job
         self.lives = self.launch / "lives"
         self.look = Look()
+        self.look_s = max(LOOK_S, min(MOST_LOOK_S, nodes / NODES_A_SECOND))
         self.ranks: list[int] = []  # whose signs of life to read
         self.doubted: list[str] = []  # nodes whose signs to read
         self.regular: Callable[[], None] | None = None  # done at each look
@@ -86,7 +88,7 @@ class Shared:
                 future, function, arguments = task
                 self.call(future, function, arguments)
                 continue
-            due_s = time.monotonic() + LOOK_S
+            due_s = time.monotonic() + self.look_s
             with contextlib.suppress(OSError):  # a folder that cannot be reached now is looked at again
                 self.look_around()
 

@@ -19,11 +19,13 @@ from launch.job import ContainerConfig, ResolvedJob, SlurmConfig
 
 SBATCH_ANSWER_S = 120  # a controller that does not answer must not hold the user for ever
 ANSWER_S = 15  # for questions
+PATIENCE_S = 300.0  # for a controller that went away while a job was submitted
 AWAY = (
     "Unable to contact slurm controller", "Socket timed out", "Connection refused", "Zero Bytes were transmitted",
     "Connection timed out", "Transport endpoint", "communication connection failure", "Unexpected message received",
     "Protocol authentication error", "Slurm backup controller in standby mode", "Slurm temporarily unable to accept job",
     "Communication shutdown failure",
+    "Could not establish a configuration source",
 )  # fmt: skip
 
 # Before the user's setup. All values come from variables.
@@ -61,11 +63,10 @@ fi
 
 # The same, after it.
 _RUN = r"""
-# Slurm sends USR1 to this shell when it is time to save, and TERM when it ends the job. srun passes USR1 on to the
-# supervisors, without asking the controller. TERM would make it kill them: they read of that in a file.
-step=
-trap 'log "it is time to save"; [[ ! $step ]] || kill -USR1 "$step" 2>/dev/null || :' USR1
-trap 'log "Slurm is ending the job"; echo cancel >"$here/notice"' TERM
+# Slurm sends USR1 to this shell when it is time to save, and TERM when it ends the job. The supervisors read of that in a file:
+# srun would pass USR1 on to the ranks, too, which it kills before they can listen, and TERM makes srun kill them all.
+trap 'log "it is time to save"; echo time_limit >"$here/notice"' USR1
+trap 'log "Slurm is ending the job"; [[ -e $here/notice ]] || echo cancel >"$here/notice"' TERM
 
 # One supervisor a node. They outlive each other: none is ended because another one or its node has failed.
 log "job $SLURM_JOB_ID, restart $restarts, on $SLURM_JOB_NODELIST"
@@ -284,13 +285,14 @@ def check_sbatch() -> None:
         raise UserError("sbatch is not on PATH: submit on a login node of a SLURM cluster, or see the script by render")
 
 
-def submit_script(script: Path, token: str, *options: str, patience_s: float = 300.0) -> str:
+def submit_script(script: Path, token: str, *options: str, patience_s: float | None = None) -> str:
     """Submit a script, with more options of sbatch, and return the job's number. Raises UserError if it is refused.
 
     `token` is the script's argument, and names this submission: where the controller goes away in this moment, the queue is
     asked for a job of that script and token before sbatch is tried again, so that none is there twice.
     """
     check_sbatch()
+    patience_s = PATIENCE_S if patience_s is None else patience_s
     end_s, told = time.monotonic() + patience_s, False
     while True:
         try:
@@ -407,7 +409,7 @@ def query_accounting(job_id: str, timeout_s: float = ANSWER_S) -> SlurmJob | Non
     state, code, nodes, start, end = (lines[-1].split("|") + [""] * 5)[:5]
     code = code.partition(":")[0]
     state = state.split()[0] if state.split() else ""  # "CANCELLED by 1000"
-    return SlurmJob(job_id, state, "", nodes, int(code) if code.isdigit() else None, 0, start, end, "sacct")
+    return SlurmJob(job_id, state, "", nodes, int(code) if code.isdigit() else None, 0, start, end, source="sacct")
 
 
 def node_states(nodes: list[str], timeout_s: float = ANSWER_S) -> dict[str, str]:

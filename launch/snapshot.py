@@ -107,7 +107,7 @@ def check_config(job: ResolvedJob, code: Path | None) -> tuple[str | None, list[
     words where the config is refused.
     """
     if job.config is None:
-        return None, ["the command is not ours: it is not checked"]
+        return None, []
     # The trainer's own check, as a rank would see it: same setup, same Python, same code. A container may not run here.
     python = sys.executable if job.container else job.python
     words = [python, *build_command(job)[1:], "--check"]

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from data_tools.errors import UserError
 from launch import slurm, submit
@@ -318,7 +318,7 @@ def find_logs(run: Path, ranks: list[int]) -> list[RankLog]:
     return logs
 
 
-def show_logs(place: str, ranks: list[int], lines: int, follow: bool, output: TextIO = sys.stdout) -> None:
+def show_logs(place: str, ranks: list[int], lines: int, follow: bool) -> None:
     """The last lines of each rank, each with `host:rank`; then, if asked, those to come, as they come."""
     run = find_run(place)
     logs = {log.path: log for log in find_logs(run, ranks)}
@@ -328,16 +328,17 @@ def show_logs(place: str, ranks: list[int], lines: int, follow: bool, output: Te
             f"{run}: no rank has a log yet{' of those asked for' * bool(ranks)}. Other logs in launch/logs: {found}"
         )
     for log in logs.values():
-        for line in list(log.read(TAIL_BYTES + 200 * lines))[-lines:]:
-            print(line, file=output)
+        found = list(log.read(TAIL_BYTES + 200 * lines))
+        for line in found[max(0, len(found) - lines) :]:
+            print(line)
     while follow:
-        output.flush()
+        sys.stdout.flush()
         time.sleep(POLL_S)
         for log in find_logs(run, ranks):
             logs.setdefault(log.path, log)
         for log in logs.values():
             for line in log.read():
-                print(line, file=output)
+                print(line)
 
 
 def wait_for_end(run: Path) -> int:
@@ -385,7 +386,8 @@ def cancel(place: str, now: bool) -> None:
 
 def ask_to_stop(run: Path, job_id: str) -> bool:
     """Tell the supervisors of a job, by the run folder, to have the ranks save and then end; False where none has started."""
-    starts = sorted((run / "launch" / "jobs").glob(f"{job_id}-*"), key=lambda path: path.stat().st_mtime)
+    folder = run / "launch" / "jobs"  # JOB-RESTARTS of Slurm's, else JOB
+    starts = sorted([*folder.glob(f"{job_id}-*"), *folder.glob(job_id)], key=lambda path: path.stat().st_mtime)
     if not starts or (starts[-1] / "end").exists():
         return False
     (starts[-1] / "notice").write_text("cancel\n")

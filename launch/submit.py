@@ -15,6 +15,7 @@ import json
 import os
 import secrets
 import shlex
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -23,11 +24,13 @@ from typing import Any
 from data_tools.errors import UserError
 from data_tools.files import lock_folder, write_atomic, write_json_atomic
 from launch import local, slurm, snapshot
-from launch.events import append_event, read_lines
-from launch.job import ResolvedJob, read_job
+from launch.events import append_event, read_launch_events, read_lines
+from launch.forecast import forecast
+from launch.job import ResolvedJob, read_job, read_save_stalls_s
 from launch.judge import load_bad_nodes
 
 JOBS = "jobs.jsonl"
+RESTART_S = 120.0  # where none was measured
 
 
 def render(job: ResolvedJob) -> str:
@@ -109,7 +112,7 @@ def send(job: ResolvedJob) -> list[dict[str, Any]]:
     """Write what the supervisors need, then start them or ask Slurm to. The caller holds the lock of RUN/launch."""
     launch, run = job.launch, Path(job.run)
     for folder in ("logs", "submissions"):
-        (launch / folder).mkdir(exist_ok=True)
+        (launch / folder).mkdir(parents=True, exist_ok=True)
     for name in (launch / "stopped", run / "STOP"):
         name.unlink(missing_ok=True)
     make_secret(launch)
@@ -257,6 +260,7 @@ def plan(job: ResolvedJob) -> str:
         + (" ".join(f"{name}={shlex.quote(text)}" for name, text in job.environment.items()) or "as it is")
     )
     lines.append(f"config       {check_plan(job)}")
+    lines.append(f"goodput      {forecast_goodput(job)}")
     script = render(excluded)
     if job.kind == "slurm":
         lines.append(f"start        {slurm.estimate_start(script)}")
@@ -268,9 +272,59 @@ def plan(job: ResolvedJob) -> str:
 
 
 def check_plan(job: ResolvedJob) -> str:
-    """What the trainer's check says of the run config, in the working directory's own code."""
+    """What the trainer's check says of the run config, with the working directory's own code."""
+    if job.config is None:
+        return "none: the command is not ours"
     try:
         resolved, said = snapshot.check_config(job, None)
     except UserError as error:
         return f"would be refused: {error}"
     return "; ".join([*(["checked, no mistake found"] if resolved is not None else []), *said])
+
+
+def forecast_goodput(job: ResolvedJob) -> str:
+    """The share of the time that would be productive, from what the run has measured so far and `node_mtbf_h`."""
+    run = Path(job.run)
+    stalls_s, step_s = (
+        read_save_stalls_s(run),
+        [
+            line["time/step_s"]
+            for line in read_lines(run / "metrics.jsonl")
+            if isinstance(line.get("time/step_s"), float)
+        ],
+    )
+    saved = [event["step"] for event in read_lines(run / "events.jsonl") if event.get("event") == "save"]
+    if not stalls_s or not step_s or len(saved) < 2:
+        return "not known before the run has saved twice"
+    every_s = max(1, saved[-1] - saved[-2]) * statistics.median(step_s[-100:])
+    restarts_s = measure_restarts_s(run)
+    found = forecast(
+        job.nodes,
+        job.node_mtbf_h,
+        job.node_silent_s + job.heartbeat_s,
+        statistics.mean(restarts_s) if restarts_s else RESTART_S,
+        statistics.median(stalls_s[-5:]),
+        every_s,
+        spares=job.spare_nodes,
+    )
+    measured = (
+        f"restarts of {statistics.mean(restarts_s):.0f} s as measured"
+        if restarts_s
+        else f"restarts of {RESTART_S:.0f} s"
+    )
+    return (
+        f"{100 * found.goodput:.1f}% expected, with a failure of each node in {job.node_mtbf_h:g} h (node_mtbf_h), saves of "
+        f"{statistics.median(stalls_s[-5:]):.1f} s each {every_s:.0f} s as measured, {measured}, and no queue"
+    )
+
+
+def measure_restarts_s(run: Path) -> list[float]:
+    """How long it took from each noticed fault of the run to its next step."""
+    found, since = [], None
+    for event in read_launch_events(run):
+        if event["event"] == "fault" and since is None:
+            since = event["time"]
+        elif event["event"] == "training" and since is not None:
+            found.append(event["time"] - since)
+            since = None
+    return found

@@ -76,7 +76,7 @@ def find_reason_to_stop(job: ResolvedJob, start: str) -> str:
         if step != newest:
             break
         idle += 1
-    if idle > job.max_lives_without_checkpoint:
+    if idle >= job.max_lives_without_checkpoint:
         at = f"that of step {newest}" if newest is not None else "none"
         return f"{idle} jobs in a row have made no new checkpoint; the newest is {at}"
     return ""

@@ -160,7 +160,7 @@ def connect(timeout_s: int = 600) -> World:
         if missing:
             raise ConfigError(
                 f"rank {rank} of {size}: {' and '.join(missing)} not set. Start with torchrun, deepspeed, "
-                "`--ranks N`, or a script from `python -m launch render`."
+                "`--ranks N`, or `python -m launch submit`."
             )
         store = None if "TORCHELASTIC_USE_AGENT_STORE" in os.environ else meet(rank, size, timeout_s)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s))

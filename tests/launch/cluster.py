@@ -79,7 +79,7 @@ class Cluster:
             "nodes": 2, "gpus_per_node": 2, "cpus_per_gpu": 1, "memory_gib_per_node": 1, "time_limit_min": 10,
             "working_directory": str(folder), "run": "run", "preflight": {"enabled": False}, **keys,
         }  # fmt: skip
-        file = self.folder / "job.yaml"
+        file = folder / "job.yaml"
         file.write_text(json.dumps(values))
         return file
 
@@ -93,7 +93,7 @@ class Cluster:
         return subprocess.Popen(command, env=self.environment, cwd=ROOT, **pipes)
 
     def job(self, folder: Path, printed: str) -> "Job":
-        return Job(self, folder, self.folder / "job.yaml", printed)
+        return Job(self, folder, folder / "job.yaml", printed)
 
     def wait_for(self, condition, job: "Job", limit_s: float = LIMIT_S) -> None:
         end = time.monotonic() + limit_s

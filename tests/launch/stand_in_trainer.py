@@ -5,7 +5,7 @@ stand_in_trainer.py RUN STEPS STEP_S [SAVE_EVERY]
 Each step takes the next 24 keys, each rank its share; the sum of them goes through rank 0, as an all-reduce would, and makes a
 loss that depends on all steps before. Rank 0 locks the run, writes metrics (with the keys of each step) and checkpoints that
 appear by rename, goes on from the newest, and ends with done.json. SIGTERM on any rank, or RUN/STOP, is agreed: all save and
-end with 85. A rank that loses another ends with 86.
+end with 85. A rank that loses another ends with 86. The last rank crashes at the step that RUN/crash_at names.
 """
 
 import fcntl
@@ -149,6 +149,8 @@ def train(group: Group) -> int:
         keys = list(range(step * BATCH + RANK * share, step * BATCH + (RANK + 1) * share))
         everything = [key for part in group.gather(keys) for key in part]
         time.sleep(STEP_S)
+        if RANK == SIZE - 1 and (RUN / "crash_at").exists() and step + 1 == int((RUN / "crash_at").read_text()):
+            raise ValueError(f"step {step + 1} is one that this program cannot do")
         step += 1
         loss = (loss * 31 + sum(key * key for key in everything)) % 1_000_003
         state.update(step=step, phase="step")
@@ -183,6 +185,8 @@ if __name__ == "__main__":
         code = train(Group())
     except (ConnectionError, OSError) as error:
         print(f"RuntimeError: Connection closed by peer: {error}", flush=True)
+        if RANK == 0:
+            note("stop", code=1)
         time.sleep(30)  # as the trainer does, for the one that has something to tell
         code = 86
     os._exit(code)

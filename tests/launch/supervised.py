@@ -33,22 +33,11 @@ def wait_for(condition: Callable[[], Any], what: str, story: Callable[[], str], 
     return found
 
 
-class Run:
-    """A run folder with a job in it, and what is on record there."""
+class Recorded:
+    """What is on record in a run folder."""
 
-    def __init__(self, run: Path, command: list[str] | None = None, **job: Any) -> None:
+    def __init__(self, run: Path) -> None:
         self.run, self.launch = run, run / "launch"
-        self.launch.mkdir(parents=True)
-        values = {
-            "name": "job",
-            "run": str(run),
-            "gpus_per_node": 2,
-            "time_limit_min": 60,
-            "preflight": {"enabled": False},
-        }
-        values |= {"command": command} if command else {}
-        self.resolved = resolve_job(check_config({**values, **job}, JobConfig, "job"))
-        (self.launch / "job.json").write_text(self.resolved.model_dump_json())
 
     def events(self, *names: str) -> list[dict[str, Any]]:
         return [event for event in read_launch_events(self.run) if not names or event["event"] in names]
@@ -91,6 +80,24 @@ class Run:
             keys = list(range(step * batch, (step + 1) * batch))
             loss = (loss * 31 + sum(key * key for key in keys)) % 1_000_003
             assert (entry["keys"], entry["loss"]) == (keys, loss)
+
+
+class Run(Recorded):
+    """A run folder with a job in it."""
+
+    def __init__(self, run: Path, command: list[str] | None = None, **job: Any) -> None:
+        super().__init__(run)
+        self.launch.mkdir(parents=True)
+        values = {
+            "name": "job",
+            "run": str(run),
+            "gpus_per_node": 2,
+            "time_limit_min": 60,
+            "preflight": {"enabled": False},
+        }
+        values |= {"command": command} if command else {}
+        self.resolved = resolve_job(check_config({**values, **job}, JobConfig, "job"))
+        (self.launch / "job.json").write_text(self.resolved.model_dump_json())
 
 
 class LocalRun(Run):

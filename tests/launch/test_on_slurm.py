@@ -2,22 +2,28 @@
 
 import json
 import re
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from cluster import LIMIT_S, ROOT, Cluster
+from cluster import LAB, LIMIT_S, ROOT, Cluster
 
+from launch.events import read_launch_events
 from launch.job import load_job, resolve_job
 from launch.submit import render
 
 pytestmark = pytest.mark.slurm
+LAUNCH = [sys.executable, "-m", "launch"]
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    with Cluster.up(tmp_path_factory.mktemp("slurm"), 3, "--gpus", "2") as cluster:
+    """Its nodes share nothing of /tmp but the folders of these tests and the code."""
+    shared = [word for path in (tmp_path_factory.getbasetemp(), ROOT) for word in ("--keep", str(path))]
+    folder = tmp_path_factory.mktemp("slurm")
+    with Cluster.up(folder, 3, "--gpus", "2", "--mem", "8000", "--private-tmp", *shared) as cluster:
         yield cluster
 
 
@@ -34,7 +40,7 @@ def test_every_rank_knows_its_place_and_meets_the_others(cluster, tmp_path):
     assert len({rank["MASTER_PORT"] for rank in met}) == 1
     assert {rank["CUDA_VISIBLE_DEVICES"] for rank in met} == {"0,1"}, "each rank sees all GPUs of its node"
     assert job.facts() == ("COMPLETED", "0:0", 0), job.story()
-    shown = cluster.run(sys.executable, "-m", "launch", "status", tmp_path / "run")
+    shown = cluster.run(*LAUNCH, "status", tmp_path / "run")
     assert re.search(r"^state +ended$", shown, re.MULTILINE) and f"job        {job.id} completed" in shown, shown
     assert max(map(len, shown.splitlines())) <= 80, shown
 
@@ -59,14 +65,17 @@ def test_a_failing_rank_ends_the_job_with_its_exit_code(cluster, tmp_path):
     job = cluster.submit(tmp_path, "fail")
     job.wait_for_end("FAILED", "COMPLETED")
     assert job.facts() == ("FAILED", "7:0", 0), job.story()
-    logs = cluster.run(sys.executable, "-m", "launch", "logs", tmp_path / "run")
+    logs = cluster.run(*LAUNCH, "logs", tmp_path / "run")
     assert re.search(r"^node2:3 \| === life 1 node2 rank 3 ", logs, re.MULTILINE), logs
 
 
-def test_the_time_limit_becomes_a_save_and_the_job_is_queued_again(cluster, tmp_path):
-    job = cluster.submit(
-        tmp_path, "train", time_limit_min=2, save_before_end_s=59
-    )  # Slurm gives notice in the first 31 s
+@pytest.mark.parametrize("limit", ["signal", pytest.param("time limit", marks=pytest.mark.faults)])
+def test_the_time_limit_becomes_a_save_and_the_job_is_queued_again(cluster, tmp_path, limit):
+    # Slurm gives notice within the first minute of two, or sooner what it gives then.
+    job = cluster.submit(tmp_path, "train", time_limit_min=2, save_before_end_s=59)
+    if limit == "signal":
+        job.wait_until_ready()
+        cluster.run("scancel", "--signal=USR1", "--batch", job.id)
     job.wait_for_end("COMPLETED", "FAILED")
     assert job.facts() == ("COMPLETED", "0:0", 1), job.story()
     assert job.rank_logs().count("saved\n") == job.rank_logs().count("resumed, finished") == 4, (
@@ -89,20 +98,30 @@ def test_a_preempted_job_goes_on(cluster, tmp_path, mode):
     assert job.rank_logs().count("saved\n") == 4
 
 
-@pytest.mark.parametrize("how", ["scancel", "launch"])
-def test_a_cancelled_job_saves_and_stays_so_until_it_is_resumed(cluster, tmp_path, how):
-    job = cluster.submit(tmp_path, "train", chain=2 if how == "launch" else 1)
+def test_a_job_that_scancel_ends_saves_and_stays_so_until_it_is_resumed(cluster, tmp_path):
+    job = cluster.submit(tmp_path, "train")
     job.wait_until_ready()
-    launch = [sys.executable, "-m", "launch"]
-    cluster.run("scancel", job.id) if how == "scancel" else cluster.run(*launch, "cancel", tmp_path / "run")
-    job.wait_for_end("CANCELLED" if how == "scancel" else "FAILED")
-    cluster.wait_for(lambda: cluster.run("squeue", "-h", "-o", "%i %j") == "", job)
+    cluster.run("scancel", job.id)
+    job.wait_for_end("CANCELLED")
+    cluster.wait_for(lambda: cluster.run("squeue", "-h", "-j", job.id) == "", job)
     assert job.rank_logs().count("saved\n") == 4, job.story()
-    assert re.search("^state +stopped: ", cluster.run(*launch, "status", tmp_path / "run"), re.MULTILINE)
-    printed = cluster.run(*launch, "resume", tmp_path / "run")
-    again = job.again(printed)
+    assert re.search("^state +stopped: ", cluster.run(*LAUNCH, "status", tmp_path / "run"), re.MULTILINE)
+    again = job.again(cluster.run(*LAUNCH, "resume", tmp_path / "run"))
     again.wait_for_end("COMPLETED", "FAILED")
     assert again.facts()[:2] == ("COMPLETED", "0:0"), again.story()
+
+
+def test_of_a_run_one_job_runs_and_cancel_ends_its_chain(cluster, tmp_path):
+    job = cluster.submit(tmp_path, "train", chain=2)
+    with pytest.raises(
+        AssertionError, match=rf"job {job.id} of this run is (pending|running|configuring). Wait for it"
+    ):
+        cluster.submit(tmp_path, "train")
+    job.wait_until_ready()
+    cluster.run(*LAUNCH, "cancel", tmp_path / "run")
+    job.wait_for_end("FAILED")
+    cluster.wait_for(lambda: not cluster.run("squeue", "-h", "-n", "probe"), job)
+    assert job.facts()[1] == "85:0" and job.rank_logs().count("saved\n") == 4, job.story()
 
 
 def test_a_job_that_somebody_queues_again_goes_on(cluster, tmp_path):
@@ -118,7 +137,7 @@ def test_a_submission_while_the_controller_is_killed_is_one_job(cluster, tmp_pat
     submission = cluster.start_submit(tmp_path, "say", "said.json", nodes=1)
     time.sleep(4)
     assert submission.poll() is None
-    shown = cluster.run(sys.executable, "-m", "launch", "list", tmp_path)  # bounded, and from the run's own files
+    shown = cluster.run(*LAUNCH, "list", tmp_path)  # bounded, and from the run's own files
     assert "unknown" in shown, shown
     cluster.lab("daemon", "ctl", "start")
     printed, said = submission.communicate(timeout=LIMIT_S)
@@ -130,26 +149,41 @@ def test_a_submission_while_the_controller_is_killed_is_one_job(cluster, tmp_pat
     assert sum(str(tmp_path) in line for line in lines) == 1, lines
 
 
-def test_a_second_job_of_a_run_is_refused(cluster, tmp_path):
-    job = cluster.submit(tmp_path, "train")
-    with pytest.raises(
-        AssertionError, match=rf"job {job.id} of this run is (pending|running|configuring). Wait for it"
-    ):
-        cluster.submit(tmp_path, "train")
-    cluster.run(sys.executable, "-m", "launch", "cancel", tmp_path / "run", "--now")
-    job.wait_for_end("CANCELLED")
+@pytest.mark.parametrize("rounds", [2, pytest.param(25, marks=pytest.mark.faults)])
+def test_jobs_packed_on_one_node_find_ports(cluster, tmp_path, rounds):
+    """Also where the port that everybody takes is taken."""
+    take = "import socket, time; s = socket.create_server(('', 29500)); print('taken', flush=True); time.sleep(3600)"
+    command = [LAB, "-d", cluster.place, "exec", "-n", "node1", sys.executable, "-c", take]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        try:
+            assert other.stdout.readline() == "taken\n"
+            for number in range(rounds):
+                places = [tmp_path / f"{number}-{one}" for one in range(4)]
+                keys = {"nodes": 1, "gpus_per_node": 1, "gpu_request": "none", "extra_sbatch": {"nodelist": "node1"}}
+                started = [cluster.start_submit(place, "port", **keys) for place in places]
+                jobs = [
+                    cluster.job(place, one.communicate(timeout=60)[0])
+                    for place, one in zip(places, started, strict=True)
+                ]
+                for job in jobs:
+                    job.wait_for_end("COMPLETED", "FAILED")
+                    assert job.facts()[1] == "0:0" and "in use" not in job.rank_logs(), job.story()
+                    lives = [event for event in read_launch_events(job.run) if event["event"] == "life_start"]
+                    assert len(lives) == 1, job.story()
+        finally:
+            other.kill()
 
 
 def test_what_sbatch_refuses_is_refused_in_one_line(cluster, tmp_path):
     with pytest.raises(AssertionError, match=r"^error: sbatch refused the job: .*[Ii]nvalid partition.*\n"):
         cluster.submit(tmp_path, "say", partition="nowhere")
-    plan = cluster.run(sys.executable, "-m", "launch", "plan", cluster.folder / "job.yaml")
+    plan = cluster.run(*LAUNCH, "plan", tmp_path / "job.yaml")
     assert re.search(r"^start +would be refused: .*nvalid partition", plan, re.MULTILINE), plan
 
 
 def test_the_plan_tells_when_and_where(cluster, tmp_path):
     file = cluster.write_job(tmp_path, "say", "said.json")
-    plan = cluster.run(sys.executable, "-m", "launch", "plan", file)
+    plan = cluster.run(*LAUNCH, "plan", file)
     assert re.search(r"^start +to start at \d{4}-.* using 4 processors on nodes node\[1-2\]", plan, re.MULTILINE), plan
     assert re.search(r"^GPU-hours +0\.7 a job", plan, re.MULTILINE), plan
     assert not (tmp_path / "run").exists()

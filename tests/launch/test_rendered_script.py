@@ -47,12 +47,7 @@ CLUSTERS = {
 SRUN = """#!/usr/bin/env bash
 echo "$@" >"$CALLS/srun"
 while [[ $1 == --* ]]; do shift; done
-trap 'kill -USR1 $agent; echo USR1 >>"$CALLS/srun.signals"' USR1
-"$@" & agent=$!
-code=0
-wait $agent || code=$?
-while kill -0 $agent 2>/dev/null; do code=0; wait $agent || code=$?; done # a signal ended the wait
-exit $code
+exec "$@"
 """
 STAND_INS = {"srun": SRUN, "scontrol": '#!/bin/sh\necho "$@" >>"$CALLS/scontrol"\n'}
 
@@ -206,25 +201,15 @@ def test_the_script_does_not_wait_for_the_dead(stage):
     process.communicate(timeout=LIMIT_S)
 
 
-def test_usr1_reaches_the_supervisors_and_the_script_waits_for_them(stage):
-    agent = "trap 'echo 85 >$here/end; exit 85' USR1; echo ready >$CALLS/ready; while :; do sleep 0.1; done"
-    process = stage.start(agent)
-    wait_for(lambda: stage.said("ready"))
-    process.send_signal(signal.SIGUSR1)
-    output, _ = process.communicate(timeout=LIMIT_S)
-    assert process.returncode == 85, output
-    assert stage.said("srun.signals") == "USR1\n"
-
-
-def test_the_supervisors_read_that_slurm_ends_the_job(stage):
+@pytest.mark.parametrize(("number", "notice"), [(signal.SIGUSR1, "time_limit"), (signal.SIGTERM, "cancel")])
+def test_signals_reach_the_supervisors_and_the_script_waits_for_them(stage, number, notice):
     agent = "echo ready >$CALLS/ready; until [ -s $here/notice ]; do sleep 0.1; done; echo 85 >$here/end"
     process = stage.start(agent)
     wait_for(lambda: stage.said("ready"))
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     output, _ = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 85, output
-    assert read(stage.launch / "jobs/12-0/notice") == "cancel\n"
-    assert not stage.said("srun.signals")
+    assert read(stage.launch / "jobs/12-0/notice") == f"{notice}\n"
 
 
 def test_the_script_queues_the_job_again_where_the_supervisors_cannot(stage):

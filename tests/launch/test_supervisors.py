@@ -74,6 +74,38 @@ def test_fewer_nodes_and_more_again(tmp_path):
         job.check_exact(150)
 
 
+def test_a_frozen_rank_is_named(tmp_path):
+    with LocalRun(tmp_path, nodes=1, steps=40).start() as job:
+        job.wait_for(lambda: job.step() >= 8, "step 8")
+        at = time.time()
+        os.kill(job.ranks_of("a")[1], signal.SIGSTOP)
+        fault = job.wait_for_event("fault")
+        assert (fault["kind"], fault["node"], fault["rank"]) == ("frozen", "a", 1)
+        assert fault["time"] - at < 5
+        assert job.ends() == [0]
+        assert job.events("verdict")[0]["cause"] == "node"
+        job.check_exact(40)
+
+
+def test_fewer_gpus_than_ranks_fail_at_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with LocalRun(tmp_path, nodes=2, steps=10).start() as job:
+        assert job.ends() == [2, 2]
+        assert "a: 2 ranks need a GPU each, 1 GPU visible" in job.events("job_end")[0]["reason"]
+        assert not job.events("life_start")
+
+
+def test_a_deterministic_crash_costs_two_lives(tmp_path):
+    with LocalRun(tmp_path, nodes=2, steps=40).start("a") as job:
+        (job.run / "crash_at").write_text("7")
+        job.start("b")
+        assert job.ends() == [1, 1]
+        assert len(job.events("life_start")) == 2
+        last = job.events("verdict")[-1]
+        assert (last["stop"], last["cause"]) == (True, "code")
+        assert "ValueError: step 7" in last["excerpt"]
+
+
 def test_a_job_asked_to_stop_saves(tmp_path):
     with LocalRun(tmp_path, nodes=2, steps=400).start() as job:
         job.wait_for(lambda: job.step() >= 8, "step 8")

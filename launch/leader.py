@@ -12,6 +12,7 @@ import json
 import os
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -94,7 +95,6 @@ class Leader:
         self.life, self.restarts = 0, 0
         self.started_at = 0.0  # of this life, unix seconds
         self.started_step = 0
-        self.before: dict[str, Any] | None = None  # rank 0's last sign of life before this life
         self.training = False
         self.master: list[Any] | None = None
         self.asked: str | None = None  # the notice that was acted on, or "grow"
@@ -107,7 +107,7 @@ class Leader:
         self.then: Callable[[Any], None] = lambda result: None
         self.claim: Future | None = None
         self.own: dict[str, Any] = {}  # what this node's supervisor says
-        self.why: str | None = None
+        self.why: Future | None = None  # what Slurm says of why it ends the job
         self.leads = True
         self.code: int | None = None
         self.ending: dict[str, Any] = {}
@@ -152,6 +152,8 @@ class Leader:
         self.asked, self.training, self.master = order["asked"], True, order["master"]
         self.action = order["action"]
         self.phase = {"run": "run", "save": "save", "prepare": "run"}.get(self.action, "gather")
+        if self.action == "prepare":  # it never began to run
+            self.enter("collect", 0.0)
         if order["action"] == "end":  # the old one was about to end the job: do that
             self.ending = {"code": order["code"]}
             self.phase = "end"
@@ -198,15 +200,17 @@ class Leader:
     def wait_for(self, future: Future, then: Callable[[Any], None]) -> None:
         self.pending, self.then = future, then
 
-    def in_thread(self, function: Callable[[], Any]) -> Future:
-        """Call what may take long, and not in the folder's thread."""
+    def in_thread(self, function: Callable[[], Any], otherwise: Any = None) -> Future:
+        """Call what may take long, and not in the folder's thread. `otherwise` is the result if it fails: what is asked there
+        is not worth the job."""
         future: Future = Future()
 
         def work() -> None:
             try:
                 future.set_result(function())
-            except Exception as error:
-                future.set_exception(error)
+            except Exception:
+                traceback.print_exc()
+                future.set_result(otherwise)
 
         threading.Thread(target=work, daemon=True).start()
         return future
@@ -306,6 +310,8 @@ class Leader:
             if node not in self.lost:
                 self.lost[node] = "silent"
                 detail = f"its supervisor did not appear within {waited_s:.0f} s"
+                if node in self.shared.look.places:
+                    detail = "its supervisor runs, but its beats (UDP datagrams) do not arrive: a firewall between the nodes?"
                 self.log("fault", kind="silent", node=node, rank=None, detail=detail)
         refused = {node: says for node in self.members if (says := self.says(node).get("refused"))}
         self.log("job_start", nodes=self.members, spares=max(0, len(self.members) - self.job.nodes))
@@ -319,7 +325,7 @@ class Leader:
         if self.job.preflight.enabled:
             self.give_order()
             began_s = time.monotonic()
-            self.wait_for(self.in_thread(self.run_preflight), lambda bad: self.preflighted(bad, began_s))
+            self.wait_for(self.in_thread(self.run_preflight, {}), lambda bad: self.preflighted(bad, began_s))
         else:
             self.plan_first_life()
 
@@ -364,7 +370,7 @@ class Leader:
             self.end_job(EXIT_RESTART, repair.reason, "requeue")
 
     def choose(self, verdict: Verdict) -> ladder.Repair:
-        bad = [*self.lost, *self.excluded]
+        bad = {*self.lost, *self.excluded}
         spares = [
             node for node in [*self.allocation, *self.members] if node in self.members and node not in self.active
         ]
@@ -408,7 +414,6 @@ class Leader:
         if not waiting:
             first = self.says(self.active[0])
             self.master = [first["address"], first["port"]]
-            self.before = self.shared.look.progress.get(0)
             self.enter("run")
             self.give_order("run")
             per_node = self.job.gpus_per_node
@@ -477,9 +482,10 @@ class Leader:
         return False
 
     def progress(self) -> dict[str, Any] | None:
-        """Rank 0's last sign of life, if it is of this life."""
-        found = self.shared.look.progress.get(0)
-        return found if found != self.before else None
+        """Rank 0's last sign of life, if it is of this life: given since its supervisor has started it, by the same clock."""
+        found, says = self.shared.look.progress.get(0), self.says(self.active[0]) if self.active else {}
+        started = says.get("started") if says.get("life") == self.life else None
+        return found if found and started and found.get("time", 0) >= started else None
 
     def step(self) -> int | None:
         found = self.progress()
@@ -533,16 +539,12 @@ class Leader:
         else:
             self.log("notice", kind=kind)
             if kind == "cancel":
-                self.in_thread(self.ask_why).add_done_callback(self.note_why)
+                self.why = self.in_thread(self.ask_why)
         if self.phase == "gather":
-            self.end_job(EXIT_SAVED, f"{kind} before anything ran", "stop")
+            self.end_asked(EXIT_SAVED, f"{kind} before anything ran")
             return
         self.enter("save")
         self.give_order("save")
-
-    def note_why(self, future: Future) -> None:
-        if future.exception() is None:
-            self.why = future.result()
 
     def save(self) -> None:
         """Until all ranks have saved and ended."""
@@ -613,11 +615,11 @@ class Leader:
             else:
                 self.end_job(1, f"all ranks ended with 0, but {self.run}/done.json is not there", "stop")
             return
-        if evidence.notice or verdict.cause == "stopped":
-            kind = self.why or self.asked or "stop_file"
-            following = {"time_limit": "resubmit", "preemption": "requeue"}.get(kind, "stop")
+        self.asked = self.asked or self.find_notice()  # it may have come after the life had broken
+        hopeless = verdict.stop and verdict.cause in ("code", "data", "user")
+        if (self.asked or evidence.notice or verdict.cause == "stopped") and not hopeless:
             saved = set(codes) <= {0, EXIT_SAVED}
-            self.end_job(EXIT_SAVED if saved else EXIT_RESTART, verdict.reason, following, kind)
+            self.end_asked(EXIT_SAVED if saved else EXIT_RESTART, verdict.reason)
             return
         repair = self.choose(verdict)
         if repair.nodes:
@@ -627,6 +629,20 @@ class Leader:
             self.start_life(list(repair.nodes))
         else:
             self.end_job(code if repair.action == "stop" else EXIT_RESTART, repair.reason, repair.action)
+
+    def end_asked(self, code: int, reason: str) -> None:
+        """End the job as somebody has asked; what follows depends on who."""
+
+        def decide(why: str | None) -> None:
+            kind = why or self.asked or "stop_file"
+            following = {"time_limit": "resubmit", "preemption": "requeue"}.get(kind, "stop")
+            self.end_job(code, reason, following, kind)
+
+        if self.asked == "cancel":
+            self.why = self.why or self.in_thread(self.ask_why)
+            self.wait_for(self.why, decide)
+        else:
+            decide(None)
 
     def remember(self, verdict: Verdict) -> None:
         self.shared.do(remember_bad_node, self.job.bad_nodes, verdict.node, str(self.run), verdict.reason)

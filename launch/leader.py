@@ -103,6 +103,7 @@ class Leader:
         self.ended_s: float | None = None  # when the first rank of this life ended well
         self.frozen_rank: tuple[int, str, str] | None = None
         self.commands: dict[str, dict[str, Any]] = {}
+        self.lock, self.changed = threading.Lock(), False  # of commands
         self.pending: Future | None = None
         self.then: Callable[[Any], None] = lambda result: None
         self.claim: Future | None = None
@@ -172,6 +173,9 @@ class Leader:
 
     def tick(self, own: dict[str, Any]) -> None:
         self.own = own
+        if self.changed:
+            self.changed = False
+            self.give_order()
         if self.leads and self.phase != "end":
             self.watch_nodes()
         if not self.leads or self.code is not None:
@@ -334,7 +338,7 @@ class Leader:
         return preflight(self.run_on_nodes, nodes, self.job, self.job.preflight.timeout_s)
 
     def preflighted(self, bad: dict[str, list[str]], began_s: float) -> None:
-        self.commands.clear()
+        self.commands = {}
         self.log("preflight", seconds=round(time.monotonic() - began_s, 1), bad=bad)
         self.excluded |= {node: "; ".join(reasons) for node, reasons in bad.items()}
         self.plan_first_life()
@@ -344,8 +348,7 @@ class Leader:
         key = f"{threading.get_ident()}-{time.monotonic_ns()}"
         port = self.says(nodes[0]).get("free_port")
         place = self.says(nodes[0]).get("address")
-        self.commands[key] = {"words": command, "nodes": nodes, "timeout_s": timeout_s, "master": [place, port]}
-        self.give_order()
+        self.set_command(key, {"words": command, "nodes": nodes, "timeout_s": timeout_s, "master": [place, port]})
         end_s = time.monotonic() + timeout_s + 5
         found: dict[str, tuple[int | None, str]] = {}
         while time.monotonic() < end_s and len(found) < len(nodes):
@@ -356,9 +359,16 @@ class Leader:
                 elif node in self.lost:
                     found[node] = (None, f"the node is {self.lost[node]}")
             time.sleep(0.02)
-        self.commands.pop(key, None)
-        self.give_order()
+        self.set_command(key, None)
         return {node: found.get(node, (None, "")) for node in nodes}
+
+    def set_command(self, key: str, command: dict[str, Any] | None) -> None:
+        """Have a command in the order, or no longer. From other threads: the next turn of the loop gives the order."""
+        with self.lock:
+            others = {name: value for name, value in self.commands.items() if name != key}
+            self.commands = others | ({key: command} if command else {})
+            self.changed = True
+        self.heart.wake()
 
     def plan_first_life(self) -> None:
         self.active = self.allocation[: self.job.nodes]

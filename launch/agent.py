@@ -75,6 +75,7 @@ class Agent:
         self.order: dict[str, Any] | None = None
         self.leader: Leader | None = None
         self.phase, self.life = "idle", 0
+        self.started = 0.0  # when this life's ranks were, unix seconds
         self.listener: socket.socket | None = None
         self.notice: str | None = None
         self.saved_life = 0  # whose ranks were told to save
@@ -193,6 +194,7 @@ class Agent:
             "generation": self.order["generation"] if self.order else 0,
             "phase": self.phase,
             "life": self.life,
+            "started": self.started,
             "address": self.address,
             "free_port": self.free_port,
             "ready": self.ready,
@@ -288,7 +290,7 @@ class Agent:
         hand_over = self.listener is not None and job.config is not None
         if self.listener is not None and not hand_over:
             self.close_listener()  # a command of somebody else's binds the port itself
-        self.phase, self.signs = "running", {}
+        self.phase, self.signs, self.started = "running", {}, time.time()
         numbers = [int(place["RANK"]) for place in places]
         self.shared.ranks = sorted({*numbers, 0})
         told(

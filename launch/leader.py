@@ -94,7 +94,6 @@ class Leader:
         self.life, self.restarts = 0, 0
         self.started_at = 0.0  # of this life, unix seconds
         self.started_step = 0
-        self.before: dict[str, Any] | None = None  # rank 0's last sign of life before this life
         self.training = False
         self.master: list[Any] | None = None
         self.asked: str | None = None  # the notice that was acted on, or "grow"
@@ -364,7 +363,7 @@ class Leader:
             self.end_job(EXIT_RESTART, repair.reason, "requeue")
 
     def choose(self, verdict: Verdict) -> ladder.Repair:
-        bad = [*self.lost, *self.excluded]
+        bad = {*self.lost, *self.excluded}
         spares = [
             node for node in [*self.allocation, *self.members] if node in self.members and node not in self.active
         ]
@@ -408,7 +407,6 @@ class Leader:
         if not waiting:
             first = self.says(self.active[0])
             self.master = [first["address"], first["port"]]
-            self.before = self.shared.look.progress.get(0)
             self.enter("run")
             self.give_order("run")
             per_node = self.job.gpus_per_node
@@ -477,9 +475,10 @@ class Leader:
         return False
 
     def progress(self) -> dict[str, Any] | None:
-        """Rank 0's last sign of life, if it is of this life."""
-        found = self.shared.look.progress.get(0)
-        return found if found != self.before else None
+        """Rank 0's last sign of life, if it is of this life: given since its supervisor has started it, by the same clock."""
+        found, says = self.shared.look.progress.get(0), self.says(self.active[0]) if self.active else {}
+        started = says.get("started") if says.get("life") == self.life else None
+        return found if found and started and found.get("time", 0) >= started else None
 
     def step(self) -> int | None:
         found = self.progress()

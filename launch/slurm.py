@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -264,6 +265,8 @@ def call(*words: str, timeout_s: float = ANSWER_S, text_in: str = "") -> str:
             text=True,
             timeout=timeout_s,
             env=environment,
+            # Slurm ends what runs in a job that is queued again: not before it is told which nodes to leave out.
+            preexec_fn=lambda: signal.signal(signal.SIGTERM, signal.SIG_IGN),
         )
     except subprocess.TimeoutExpired:
         raise ControllerAway(f"{words[0]}: no answer in {timeout_s:g} s") from None

@@ -15,10 +15,11 @@ pytestmark = [pytest.mark.slurm, pytest.mark.faults]
 def test_each_repair_in_order(tmp_path):
     """Restart, spare, fewer nodes, more again, and back into the queue without the bad nodes."""
     with Cluster.up(tmp_path, 7, "--node-timeout", "10") as cluster:
-        keys = {"nodes": 3, "min_nodes": 2, "steps": 900, "exclude": "node5,node6,node7"}
-        recorded, job = submit(cluster, tmp_path / "job", **keys)
-        cluster.run("scontrol", "update", f"JobId={job.id}", "ExcNodeList=")
+        others = "NodeName=node[5-7]"
+        cluster.run("scontrol", "update", others, "State=DRAIN", "Reason=later")
+        recorded, _ = submit(cluster, tmp_path / "job", nodes=3, min_nodes=2, steps=400)
         recorded.wait_for(lambda: recorded.step() >= 8, "step 8")
+        cluster.run("scontrol", "update", others, "State=RESUME")
 
         def break_and_wait(fault: str, node: str, action: str, nodes: list[str]) -> None:
             lives = len(recorded.events("training"))
@@ -41,7 +42,7 @@ def test_each_repair_in_order(tmp_path):
         repair = recorded.wait_for_event("repair", action="requeue")
         assert repair["excluded"] == ["node2", "node3", "node4"]
         recorded.wait_for(lambda: (recorded.run / "done.json").exists(), "the end of the run", 240)
-        recorded.check_exact(900)
+        recorded.check_exact(400)
         assert recorded.events("job_start")[-1]["nodes"] == ["node1", "node5", "node6", "node7"]
         assert [event["code"] for event in recorded.events("job_end")] == [86, 0]
 

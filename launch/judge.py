@@ -207,12 +207,12 @@ RULES = (
 )  # fmt: skip
 # What a signal says where the log says nothing.
 SIGNALS = {
-    signal.SIGKILL: ("node", "killed by SIGKILL: the kernel does that when the node's memory is short"),
-    signal.SIGBUS: ("node", "ended by SIGBUS: memory, /dev/shm or a mapped file of the node is not there any more"),
-    signal.SIGILL: ("node", "ended by SIGILL: this processor does not know an instruction"),
-    signal.SIGSEGV: ("code", "ended by SIGSEGV: a wrong access to memory, in C code"),
-    signal.SIGABRT: ("code", "ended by SIGABRT: C code gave up"),
-    signal.SIGFPE: ("code", "ended by SIGFPE: an impossible division, in C code"),
+    signal.SIGKILL: ("node", "the kernel does that when the node's memory is short"),
+    signal.SIGBUS: ("node", "memory, /dev/shm or a mapped file of the node is not there any more"),
+    signal.SIGILL: ("node", "this processor does not know an instruction"),
+    signal.SIGSEGV: ("code", "a wrong access to memory, in C code"),
+    signal.SIGABRT: ("code", "C code gave up"),
+    signal.SIGFPE: ("code", "an impossible division, in C code"),
 }
 CRASH_SIGNALS = re.compile(r"ended by SIG(SEGV|ABRT|FPE|BUS|ILL)")
 NEAR_STEPS = 10

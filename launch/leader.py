@@ -12,6 +12,7 @@ import json
 import os
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -102,11 +103,12 @@ class Leader:
         self.ended_s: float | None = None  # when the first rank of this life ended well
         self.frozen_rank: tuple[int, str, str] | None = None
         self.commands: dict[str, dict[str, Any]] = {}
+        self.lock, self.changed = threading.Lock(), False  # of commands
         self.pending: Future | None = None
         self.then: Callable[[Any], None] = lambda result: None
         self.claim: Future | None = None
         self.own: dict[str, Any] = {}  # what this node's supervisor says
-        self.why: str | None = None
+        self.why: Future | None = None  # what Slurm says of why it ends the job
         self.leads = True
         self.code: int | None = None
         self.ending: dict[str, Any] = {}
@@ -151,6 +153,8 @@ class Leader:
         self.asked, self.training, self.master = order["asked"], True, order["master"]
         self.action = order["action"]
         self.phase = {"run": "run", "save": "save", "prepare": "run"}.get(self.action, "gather")
+        if self.action == "prepare":  # it never began to run
+            self.enter("collect", 0.0)
         if order["action"] == "end":  # the old one was about to end the job: do that
             self.ending = {"code": order["code"]}
             self.phase = "end"
@@ -169,6 +173,9 @@ class Leader:
 
     def tick(self, own: dict[str, Any]) -> None:
         self.own = own
+        if self.changed:
+            self.changed = False
+            self.give_order()
         if self.leads and self.phase != "end":
             self.watch_nodes()
         if not self.leads or self.code is not None:
@@ -197,21 +204,23 @@ class Leader:
     def wait_for(self, future: Future, then: Callable[[Any], None]) -> None:
         self.pending, self.then = future, then
 
-    def in_thread(self, function: Callable[[], Any]) -> Future:
-        """Call what may take long, and not in the folder's thread."""
+    def in_thread(self, function: Callable[[], Any], otherwise: Any = None) -> Future:
+        """Call what may take long, and not in the folder's thread. `otherwise` is the result if it fails: what is asked there
+        is not worth the job."""
         future: Future = Future()
 
         def work() -> None:
             try:
                 future.set_result(function())
-            except Exception as error:
-                future.set_exception(error)
+            except Exception:
+                traceback.print_exc()
+                future.set_result(otherwise)
 
         threading.Thread(target=work, daemon=True).start()
         return future
 
     def says(self, node: str) -> dict[str, Any]:
-        return self.own if node == self.node else self.heart.heard().get(node, {})
+        return self.own if node == self.node else self.heart.last_said(node)
 
     def spares(self) -> list[str]:
         return [node for node in self.members if node not in self.active and node not in self.excluded]
@@ -232,8 +241,8 @@ class Leader:
                 self.lose(node, kind)
         if not self.leads:
             return
-        for node in self.heart.heard():
-            if node in self.allocation and node not in self.members and self.heart.silence_s(node) < silent_s / 2:
+        for node in set(self.allocation).difference(self.members):
+            if self.heart.last_said(node) and self.heart.silence_s(node) < silent_s / 2:
                 if self.heart.answer(node) != REFUSES:
                     self.welcome(node)
 
@@ -305,6 +314,8 @@ class Leader:
             if node not in self.lost:
                 self.lost[node] = "silent"
                 detail = f"its supervisor did not appear within {waited_s:.0f} s"
+                if node in self.shared.look.places:
+                    detail = "its supervisor runs, but its beats (UDP datagrams) do not arrive: a firewall between the nodes?"
                 self.log("fault", kind="silent", node=node, rank=None, detail=detail)
         refused = {node: says for node in self.members if (says := self.says(node).get("refused"))}
         self.log("job_start", nodes=self.members, spares=max(0, len(self.members) - self.job.nodes))
@@ -318,7 +329,7 @@ class Leader:
         if self.job.preflight.enabled:
             self.give_order()
             began_s = time.monotonic()
-            self.wait_for(self.in_thread(self.run_preflight), lambda bad: self.preflighted(bad, began_s))
+            self.wait_for(self.in_thread(self.run_preflight, {}), lambda bad: self.preflighted(bad, began_s))
         else:
             self.plan_first_life()
 
@@ -327,7 +338,7 @@ class Leader:
         return preflight(self.run_on_nodes, nodes, self.job, self.job.preflight.timeout_s)
 
     def preflighted(self, bad: dict[str, list[str]], began_s: float) -> None:
-        self.commands.clear()
+        self.commands = {}
         self.log("preflight", seconds=round(time.monotonic() - began_s, 1), bad=bad)
         self.excluded |= {node: "; ".join(reasons) for node, reasons in bad.items()}
         self.plan_first_life()
@@ -337,8 +348,7 @@ class Leader:
         key = f"{threading.get_ident()}-{time.monotonic_ns()}"
         port = self.says(nodes[0]).get("free_port")
         place = self.says(nodes[0]).get("address")
-        self.commands[key] = {"words": command, "nodes": nodes, "timeout_s": timeout_s, "master": [place, port]}
-        self.give_order()
+        self.set_command(key, {"words": command, "nodes": nodes, "timeout_s": timeout_s, "master": [place, port]})
         end_s = time.monotonic() + timeout_s + 5
         found: dict[str, tuple[int | None, str]] = {}
         while time.monotonic() < end_s and len(found) < len(nodes):
@@ -349,9 +359,16 @@ class Leader:
                 elif node in self.lost:
                     found[node] = (None, f"the node is {self.lost[node]}")
             time.sleep(0.02)
-        self.commands.pop(key, None)
-        self.give_order()
+        self.set_command(key, None)
         return {node: found.get(node, (None, "")) for node in nodes}
+
+    def set_command(self, key: str, command: dict[str, Any] | None) -> None:
+        """Have a command in the order, or no longer. From other threads: the next turn of the loop gives the order."""
+        with self.lock:
+            others = {name: value for name, value in self.commands.items() if name != key}
+            self.commands = others | ({key: command} if command else {})
+            self.changed = True
+        self.heart.wake()
 
     def plan_first_life(self) -> None:
         self.active = self.allocation[: self.job.nodes]
@@ -532,16 +549,12 @@ class Leader:
         else:
             self.log("notice", kind=kind)
             if kind == "cancel":
-                self.in_thread(self.ask_why).add_done_callback(self.note_why)
+                self.why = self.in_thread(self.ask_why)
         if self.phase == "gather":
-            self.end_job(EXIT_SAVED, f"{kind} before anything ran", "stop")
+            self.end_asked(EXIT_SAVED, f"{kind} before anything ran")
             return
         self.enter("save")
         self.give_order("save")
-
-    def note_why(self, future: Future) -> None:
-        if future.exception() is None:
-            self.why = future.result()
 
     def save(self) -> None:
         """Until all ranks have saved and ended."""
@@ -612,11 +625,11 @@ class Leader:
             else:
                 self.end_job(1, f"all ranks ended with 0, but {self.run}/done.json is not there", "stop")
             return
-        if evidence.notice or verdict.cause == "stopped":
-            kind = self.why or self.asked or "stop_file"
-            following = {"time_limit": "resubmit", "preemption": "requeue"}.get(kind, "stop")
+        self.asked = self.asked or self.find_notice()  # it may have come after the life had broken
+        hopeless = verdict.stop and verdict.cause in ("code", "data", "user")
+        if (self.asked or evidence.notice or verdict.cause == "stopped") and not hopeless:
             saved = set(codes) <= {0, EXIT_SAVED}
-            self.end_job(EXIT_SAVED if saved else EXIT_RESTART, verdict.reason, following, kind)
+            self.end_asked(EXIT_SAVED if saved else EXIT_RESTART, verdict.reason)
             return
         repair = self.choose(verdict)
         if repair.nodes:
@@ -626,6 +639,20 @@ class Leader:
             self.start_life(list(repair.nodes))
         else:
             self.end_job(code if repair.action == "stop" else EXIT_RESTART, repair.reason, repair.action)
+
+    def end_asked(self, code: int, reason: str) -> None:
+        """End the job as somebody has asked; what follows depends on who."""
+
+        def decide(why: str | None) -> None:
+            kind = why or self.asked or "stop_file"
+            following = {"time_limit": "resubmit", "preemption": "requeue"}.get(kind, "stop")
+            self.end_job(code, reason, following, kind)
+
+        if self.asked == "cancel":
+            self.why = self.why or self.in_thread(self.ask_why)
+            self.wait_for(self.why, decide)
+        else:
+            decide(None)
 
     def remember(self, verdict: Verdict) -> None:
         self.shared.do(remember_bad_node, self.job.bad_nodes, verdict.node, str(self.run), verdict.reason)

@@ -478,19 +478,26 @@ def run_by_srun(nodes: list[str], command: list[str], timeout_s: float) -> dict[
         f"--nodelist={','.join(nodes)}", "--label", "--kill-on-bad-exit=0", "--no-kill", "--export=ALL",
         "sh", "-c", script, "sh", *command,
     ]  # fmt: skip
-    # What the allocation says of GPUs and tasks would be taken as wishes of this step.
+    # All GPUs of the node; what else the allocation says of GPUs and tasks would be taken as a wish of this step.
+    gpus = os.environ.get("SLURM_GPUS_PER_NODE") or os.environ.get("SLURM_GPUS_ON_NODE")
+    total = os.environ.get("SLURM_GPUS", "").rpartition(":")[2]
+    if not gpus and total.isdigit():
+        gpus = str(int(total) // int(os.environ.get("SLURM_JOB_NUM_NODES", len(nodes))))
+    words[1:1] = [f"--gpus-per-node={gpus}"] if gpus else []
     kept = {
         name: text
         for name, text in os.environ.items()
-        if not name.startswith(("SLURM_NTASKS", "SLURM_TASKS", "SLURM_GPU"))
+        if not name.startswith(("SLURM_NTASKS", "SLURM_TASKS", "SLURM_GPU", "SLURM_TRES"))
     }
     environment = {**kept, **group_variables(nodes), "PREFLIGHT_NODES": " ".join(nodes)}
-    text = run_bounded(words, timeout_s, environment)[1]
+    code, text = run_bounded(words, timeout_s, environment)
     parts: dict[str, str] = {}
     for line in text.splitlines():
         task, _, said = line.partition(": ")
         if task.strip().isdigit():
             parts[task] = parts.get(task, "") + said.strip()
+    if not parts:  # srun itself has something to say
+        return dict.fromkeys(nodes, (code, text))
     found: dict[str, tuple[int | None, str]] = dict.fromkeys(nodes, (None, ""))
     for coded in parts.values():
         *said, last = base64.b64decode(coded[: len(coded) // 4 * 4]).decode(errors="replace").splitlines() or [""]

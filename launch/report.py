@@ -141,7 +141,7 @@ h1 { font-size: 1.4em; margin-bottom: .2em } h2 { font-size: 1.1em; margin-top: 
 .big { font-size: 2.2em; font-weight: 600 } .facts { display: flex; gap: 3em; flex-wrap: wrap; margin: 1em 0 }
 .facts div span { display: block; color: #666; font-size: .85em }
 table { border-collapse: collapse; width: 100%; font-size: .92em } td, th { padding: .25em .7em .25em 0; text-align: left; vertical-align: top }
-th { color: #666; font-weight: 500; border-bottom: 1px solid #ccc } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums }
+th { color: #666; font-weight: 500; border-bottom: 1px solid #ccc } td.n, th.n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums }
 pre { background: #f6f6f6; padding: .8em; overflow-x: auto; font-size: .85em } .key { display: inline-block; width: .9em; height: .9em; margin-right: .5em }
 svg { width: 100%; height: auto; display: block } tr.bad td { color: #a32638 }
 """  # noqa: E501
@@ -190,7 +190,7 @@ def render_page(folder: str, ledger: Ledger) -> str:
 <h2>Failures by cause</h2>
 <table style="width:auto"><tr><th>cause</th><th class="n">failures</th><th class="n">lost, detect, restart</th></tr>{causes}</table>
 <h2>Lives</h2>
-<table><tr><th class="n">life</th><th>job</th><th class="n">began</th><th>nodes</th><th>steps</th><th>end</th><th>then</th></tr>{lives}</table>
+<table><tr><th class="n">life</th><th class="n">job</th><th class="n">began</th><th>nodes</th><th class="n">steps</th><th>end</th><th>then</th></tr>{lives}</table>
 </body></html>
 """
 
@@ -201,9 +201,9 @@ def render_life(life: Life, origin_s: float) -> str:
     then = (life.repair or {}).get("action", "")
     row = '<tr class="bad">' if bad else "<tr>"
     return row + (
-        f'<td class="n">{html.escape(life.name)}</td><td>{html.escape(life.job)}</td>'
+        f'<td class="n">{html.escape(life.name)}</td><td class="n">{html.escape(life.job)}</td>'
         f'<td class="n">+{span_text(life.began_s - origin_s)}</td>'
-        f"<td>{html.escape(nodes)}</td><td>{steps_of(life)}</td><td>{html.escape(end_of(life))}</td>"
+        f'<td>{html.escape(nodes)}</td><td class="n">{steps_of(life)}</td><td>{html.escape(end_of(life))}</td>'
         f"<td>{html.escape(then)}</td></tr>"
     )
 
@@ -214,7 +214,7 @@ def render_svg(ledger: Ledger) -> str:
         return ""
     begin_s, end_s = ledger.spans[0].begin_s, ledger.spans[-1].end_s
     total_s = max(end_s - begin_s, 1e-9)
-    left, width, right = 70, 1000, 10
+    left, width, right = 70, 1000, 36
     rows = min(8, max(1, math.ceil(len(ledger.spans) / 60)))
     parts = [draw_band(ledger, begin_s, total_s, left, 34, width, 26)]
     for life in ledger.lives:

@@ -253,6 +253,7 @@ def run_doctor_stragglers(options: argparse.Namespace, arguments: list[str]) -> 
 
 
 def run_doctor_node(options: argparse.Namespace, arguments: list[str]) -> int:
+    os.environ["OMP_NUM_THREADS"] = "1"  # one core is tried: several would wait for each other where others work too
     from pretrain.doctor.node import print_node
 
     return print_node(options.config, options.overrides, options.folder)

@@ -41,7 +41,7 @@ def test_each_repair_in_order(tmp_path):
         cluster.lab("freeze", "node3")
         repair = recorded.wait_for_event("repair", action="requeue")
         assert repair["excluded"] == ["node2", "node3", "node4"]
-        recorded.wait_for(lambda: (recorded.run / "done.json").exists(), "the end of the run", 240)
+        recorded.wait_for(lambda: len(recorded.events("job_end")) == 2, "the end of the run", 240)
         recorded.check_exact(400)
         assert recorded.events("job_start")[-1]["nodes"] == ["node1", "node5", "node6", "node7"]
         assert [event["code"] for event in recorded.events("job_end")] == [86, 0]

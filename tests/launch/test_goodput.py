@@ -61,7 +61,8 @@ class FaultyRun:
 
     def stop(self) -> Ledger:
         (self.run / "STOP").touch()
-        self.job.wait_for_end("COMPLETED", "FAILED", "CANCELLED")
+        # Not for Slurm's word on the job: it waits for the node that has crashed.
+        self.cluster.wait_for(lambda: self.events("job_end"), self.job)
         return read_ledger(self.run)
 
 

@@ -382,7 +382,7 @@ class Agent:
             self.doubt_s = None
         else:
             silent_s = self.job.node_silent_s
-            kind = find_lost(self.heart, self.shared, order["leader"], silent_s)
+            kind = self.find_lost_leader(order["leader"])
             members = order["members"]
             late_s = 2 * self.job.heartbeat_s
             self.shared.doubted = [node for node in members if self.heart.silence_s(node) > late_s]
@@ -411,6 +411,14 @@ class Agent:
         self.claimed_generation = generation
         self.claim = self.shared.do(self.shared.claim_generation, generation)
 
+    def find_lost_leader(self, leader: str) -> str | None:
+        """What has become of the leader: as of any node, or "resigned" where it lives but leads no more, as after an outage of the
+        network in which it heard nobody."""
+        if leader == self.node:
+            return "resigned"
+        kind = find_lost(self.heart, self.shared, leader, self.job.node_silent_s)
+        return "resigned" if kind is None and "order" not in self.heart.last_said(leader) else kind
+
     def misses(self, node: str, order: dict[str, Any]) -> bool:
         """Whether a node says that it does not hear the leader either."""
         return node == self.node or self.heart.last_said(node).get("misses") == order["leader"]
@@ -429,7 +437,7 @@ class Agent:
             target=lambda: setattr(leader, "end_time", ask_slurm_end() or self.end_time), daemon=True
         ).start()
         if self.order is not None:
-            kind = find_lost(self.heart, self.shared, self.order["leader"], self.job.node_silent_s) or "silent"
+            kind = self.find_lost_leader(self.order["leader"]) or "silent"
             leader.own = self.describe()
             leader.take_over(self.order, kind)
         self.leader, self.order = leader, leader.order

@@ -5,7 +5,7 @@ may be heard late, twice or in part by others than it was meant for. Of two orde
 number) holds. A supervisor that takes over makes the next generation its own by a file that can be made only once; a leader
 that cannot hear more than half of the nodes has to do so, too, before it decides anything.
 
-    gather -> preflight -> prepare -> run -> (collect) -> judge -> prepare ... -> end
+    gather (and preflight) -> prepare -> run -> (save) -> collect -> repair -> prepare ... -> end
 """
 
 import json
@@ -33,6 +33,8 @@ PREPARE_S = 20.0  # for a node to end the ranks of the life before
 GRACE_S = 2.0  # for the other ranks to end by themselves, and say why, after one has failed
 FINISH_S = 60.0  # the same after one has finished or saved
 MEASURE_S = 60.0  # between two looks at how long saves take
+MOST_LOGS = 128  # of the ranks that ended first, that are read to find the cause
+RETURN_WAIT_S = 60.0  # for a node that is cut off to come back, where nothing else helps but a requeue
 RETURN_S = 5.0  # for which a node has to answer again before it is used
 END_S = 5.0  # for the other supervisors to end their ranks at the end of the job
 
@@ -101,6 +103,9 @@ class Leader:
         self.stop_file = False
         self.deadline_s = float("inf")
         self.ended_s: float | None = None  # when the first rank of this life ended well
+        self.outage = False  # of the network between the nodes
+        self.broken: Verdict | None = None  # why the last life has failed, and its exit code
+        self.broken_code = 0
         self.frozen_rank: tuple[int, str, str] | None = None
         self.commands: dict[str, dict[str, Any]] = {}
         self.lock, self.changed = threading.Lock(), False  # of commands
@@ -158,7 +163,11 @@ class Leader:
         if order["action"] == "end":  # the old one was about to end the job: do that
             self.ending = {"code": order["code"]}
             self.phase = "end"
-        if old in self.members:
+        if kind == "resigned":  # nobody is lost, but the ranks were ended when nobody led
+            self.outage = True
+            if self.phase in ("run", "save"):
+                self.enter("collect", 0.0)
+        elif old in self.members:
             self.lose(old, kind)
         self.give_order()
 
@@ -193,6 +202,7 @@ class Leader:
             "prepare": self.prepare,
             "run": self.watch_life,
             "collect": self.collect,
+            "repair": self.repair,
             "save": self.save,
             "end": self.end,
         }[self.phase]()
@@ -570,6 +580,9 @@ class Leader:
         ends = self.rank_ends()
         if all(end[2] is not None for _, _, end in ends.values()) or time.monotonic() > self.deadline_s:
             lost = {node: {"cut": "silent"}.get(kind, kind) for node, kind in self.lost.items() if node in self.active}
+            if self.outage:
+                lost = {node: "silent" for node in self.active if node != self.node}
+                self.outage = False
             step, life, started_at, asked = self.step(), self.life, self.started_at, self.asked
             frozen, stop_file = self.frozen_rank, self.stop_file
             launch, run = self.shared.launch, self.run
@@ -583,8 +596,10 @@ class Leader:
                 reached = ends_said[0] if ends_said else step
                 if frozen:
                     hangs.append({"event": "hang", "rank": frozen[0], "host": frozen[1], "reason": frozen[2]})
+                first = sorted(ends, key=lambda rank: ends[rank][2][2] or float("inf"))[:MOST_LOGS]
+                tails = {rank: log_tail(launch, rank, life) for rank in first}
                 ranks = tuple(
-                    RankEnd(rank, node, local, code, number, at, log_tail(launch, rank, life))
+                    RankEnd(rank, node, local, code, number, at, tails.get(rank, ""))
                     for rank, (node, local, (code, number, at)) in ends.items()
                 )
                 notice = (
@@ -631,7 +646,20 @@ class Leader:
             saved = set(codes) <= {0, EXIT_SAVED}
             self.end_asked(EXIT_SAVED if saved else EXIT_RESTART, verdict.reason)
             return
+        self.broken, self.broken_code = verdict, code
+        self.enter("repair", RETURN_WAIT_S)
+
+    def repair(self) -> None:
+        """Choose what follows a life that has failed. Before the allocation is given back, a node that lives and is only cut off
+        has some time to be heard again: a requeue takes longer."""
+        verdict, code = self.broken, self.broken_code
         repair = self.choose(verdict)
+        if repair.action == "requeue" and "cut" in self.lost.values() and time.monotonic() < self.deadline_s:
+            if (notice := self.find_notice()) is None:
+                return
+            self.asked = notice
+            self.end_asked(EXIT_RESTART, verdict.reason)
+            return
         if repair.nodes:
             told = {"spare": repair.spare} if repair.spare else {}
             self.log("repair", action=repair.action, nodes=list(repair.nodes), excluded=list(repair.excluded), **told)

@@ -31,7 +31,8 @@ def submit(cluster: Cluster, folder: Path, **keys) -> tuple[Recorded, object]:
     run = folder / "run"
     command = [sys.executable, str(TRAINER), str(run), str(keys.pop("steps", STEPS)), "0.1"]
     environment = {"PYTHONPATH": str(ROOT)}
-    job = cluster.submit(folder, command=command, run=str(run), spare_nodes=1, environment=environment, **keys)
+    keys = {"spare_nodes": 1, **keys}
+    job = cluster.submit(folder, command=command, run=str(run), environment=environment, **keys)
     return Recorded(run), job
 
 

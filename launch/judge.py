@@ -122,6 +122,12 @@ RULES = (
         r"CUDA error: (unknown error|hardware stack error)|Found no NVIDIA driver",
         anywhere=False,  # torch warns in the same words where no GPU is wanted
     ),
+    Rule(
+        "node",
+        "a call to the GPU failed within NCCL, or a process that loads data has died",
+        r"unhandled cuda error|ncclUnhandledCudaError|DataLoader worker \(pid[^\n]*(killed by signal|exited unexpectedly)",
+        anywhere=False,
+    ),
     Rule("node", "its network adapter has failed", r"local catastrophic error|NET/IB *: *Got async event[^\n]*port error"),
     Rule("node", "Slurm says that the node has failed", r"DUE TO NODE FAIL"),
     Rule(
@@ -199,7 +205,7 @@ RULES = (
     Rule(
         "network",
         "the connection to another rank is lost",
-        r"connection (was )?(closed|reset)|closed by (the )?(remote )?peer|broken pipe|ncclRemoteError|recvValue failed|"
+        r"connection (was )?(closed|reset)|closed by (the )?(remote )?peer|remote process exited|broken pipe|ncclRemoteError|recvValue failed|"
         r"got 0 bytes|another rank has ended|connection refused|ncclSystemError|ncclInternalError|EOF on connection|"
         r"NCCL communicator was aborted|enforce fail at[^\n]*gloo|op\.preamble\.length",
         follows=True,
@@ -253,6 +259,7 @@ class Said:
     rule: Rule | None
     error: str  # the line of its exception or its last word; "" where it says nothing
     place: str  # "file function" where that was raised, the innermost that is no library's
+    in_data: bool  # it was raised in code that reads data, a library's or not
     excerpt: str
 
 
@@ -416,7 +423,7 @@ def read_failure(end: RankEnd) -> Failure | None:
         return Failure(end, said, "user", "a mistake that a restart does not mend")
     if said.place:
         name = said.error.split(":")[0].rpartition(".")[2]
-        if IN_DATA.search(said.place.split(" ")[0]) and name in OF_DATA:
+        if said.in_data and name in OF_DATA:
             return Failure(end, said, "data", f"raised in {said.place}")
         return Failure(end, said, "code", f"raised in {said.place}")
     if said.error:
@@ -443,26 +450,38 @@ def read_log(log: str) -> Said:
     lines = [PREFIX.sub("", line) for line in last_life(log).splitlines()]
     tracebacks = find_tracebacks(lines)
     words = [line for line in lines if FATAL.match(line.strip())]
-    errors = [error for _, _, error, _ in tracebacks]
+    errors = [traceback.error for traceback in tracebacks]
     heard = "\n".join(errors + words)
     everything = "\n".join(lines)
     rule = next((rule for rule in RULES if rule.anywhere and rule.pattern.search(everything)), None)
     rule = rule or next((rule for rule in RULES if rule.pattern.search(heard)), None)
-    if rule is None and not tracebacks and not words:
+    if rule is None and not tracebacks:
         rule = next((rule for rule in RULES if rule.pattern.search(everything)), None)
     if tracebacks:
-        start, _, error, place = tracebacks[0]
-        stop = tracebacks[-1][1]
-        chosen = next((one for one in tracebacks if rule and rule.pattern.search(one[2])), tracebacks[-1])
-        return Said(rule, first_words(chosen[2]), chosen[3] or place, cut(lines[start:stop]))
+        chosen = next((one for one in tracebacks if rule and rule.pattern.search(one.error)), tracebacks[-1])
+        in_data = any(IN_DATA.search(file) for file in chosen.files)
+        return Said(
+            rule, first_words(chosen.error), chosen.place or tracebacks[0].place, in_data,
+            cut(lines[tracebacks[0].start : tracebacks[-1].stop]),
+        )  # fmt: skip
     told = [line.strip() for line in lines if rule and rule.pattern.search(line)] or [
         line.strip() for line in words[-1:]
     ]
-    return Said(rule, told[0] if told else "", "", cut([line for line in lines if line.strip()][-15:]))
+    return Said(rule, told[0] if told else "", "", False, cut([line for line in lines if line.strip()][-15:]))
 
 
-def find_tracebacks(lines: Sequence[str]) -> list[tuple[int, int, str, str]]:
-    """Python's tracebacks: first line, line after the last, the exception's text, and where it was raised."""
+@dataclass(frozen=True)
+class Traceback:
+    """One of Python's tracebacks in a log."""
+
+    start: int  # its first line
+    stop: int  # the line after its last
+    error: str
+    place: str
+    files: tuple[str, ...]  # of the innermost frame, and of the innermost that is no library's
+
+
+def find_tracebacks(lines: Sequence[str]) -> list[Traceback]:
     found, index = [], 0
     while index < len(lines):
         if not lines[index].strip().startswith("Traceback (most recent call last)"):
@@ -475,17 +494,26 @@ def find_tracebacks(lines: Sequence[str]) -> list[tuple[int, int, str, str]]:
             if match:
                 places.append((match["file"], match["function"]))
             index += 1
-        end = index + 1
-        while end < len(lines) and end < index + 8 and lines[end].strip() and not lines[end].startswith("Traceback"):
-            end += 1  # of a message of several lines
-        text = "\n".join(line.strip() for line in lines[index:end])
-        ours = [place for place in places if "site-packages" not in place[0] and "/lib/python" not in place[0]]
-        file, function = (ours or places or [("", "")])[-1]
-        place = f"{'/'.join(file.split('/')[-2:])} {function}" if file else ""
+        stop = index + 1
+        while (
+            stop < len(lines) and stop < index + 8 and lines[stop].strip() and not lines[stop].startswith("Traceback")
+        ):
+            stop += 1  # of a message of several lines
         if index < len(lines):
-            found.append((start, min(end, len(lines)), text, place))
-        index = end
+            text = "\n".join(line.strip() for line in lines[index:stop])
+            ours = [place for place in places if "site-packages" not in place[0] and "/lib/python" not in place[0]]
+            file, function = (ours or places or [("", "")])[-1]
+            place = f"{shorten(file)} {function}" if file else ""
+            innermost = places[-1][0] if places else ""
+            found.append(Traceback(start, min(stop, len(lines)), text, place, (shorten(innermost), shorten(file))))
+        index = stop
     return found
+
+
+def shorten(file: str) -> str:
+    """A file within its package: where a project lies says nothing about it, and may be called /data."""
+    _, library, inside = file.rpartition("site-packages/")
+    return inside if library else "/".join(file.split("/")[-2:])
 
 
 def first_words(error: str) -> str:

@@ -394,7 +394,7 @@ class Leader:
         spares = [
             node for node in [*self.allocation, *self.members] if node in self.members and node not in self.active
         ]
-        left = self.job.max_restarts - self.restarts
+        left = self.job.max_restarts - self.restarts if self.life else 1  # the first start is none
         repair = ladder.choose_repair(
             verdict, self.active, spares, bad, self.job.nodes, self.job.min_nodes, self.fits, left
         )

@@ -90,6 +90,12 @@ def test_a_crash_of_c_code_needs_not_be_seen_at_the_very_same_step() -> None:
     assert not judge_lives([lives[0], replace(lives[1], step=180)])[1].stop
 
 
+def test_where_a_project_lies_is_no_sign_of_data() -> None:
+    log = CRASH.format(1, 1).replace("/code/train.py", "/data/projects/mine/train.py")
+    assert judge(life(end(log=log)), []).cause == "code"
+    assert judge(life(end(log=log.replace("mine/train.py", "mine/data/pairs.py"))), []).cause == "data"
+
+
 def test_a_warning_is_no_cause() -> None:
     log = "UserWarning: CUDA initialization: Found no NVIDIA driver on your system.\n" + CRASH.format(1, 1)
     assert judge(life(end(log=log)), []).cause == "code"

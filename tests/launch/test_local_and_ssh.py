@@ -12,6 +12,7 @@ import pytest
 from cluster import LAB, PROBE, ROOT, Cluster
 
 from launch.__main__ import main
+from launch.events import read_launch_events
 from launch.job import JobConfig, resolve_job
 from launch.local import find_alive, identify, start
 from launch.submit import read_records, send
@@ -48,11 +49,15 @@ def test_a_job_on_this_machine_runs_and_its_code_is_the_commands(tmp_path):
     assert "state      ended" in launch("status", tmp_path / "run").stdout
 
 
-def test_a_job_that_fails_twice_ends_with_its_code(tmp_path):
-    job = write_job(tmp_path)
+@pytest.mark.parametrize(("restarts", "lives"), [(30, 2), (0, 1)])
+def test_a_job_that_fails_ends_with_its_code(tmp_path, restarts, lives):
+    """After a second life with the same failure, or the restarts that it has."""
+    job = write_job(tmp_path, max_restarts=restarts)
     job.write_text(job.read_text().replace(PROBE, "-c").replace('"-c"', '"-c", "raise SystemExit(7)"'))
     done = launch("submit", job, "--wait")
     assert done.returncode == 7, done.stdout + done.stderr
+    events = [event["event"] for event in read_launch_events(tmp_path / "run")]
+    assert events.count("life_start") == lives
 
 
 def test_cancel_saves_and_resume_goes_on(tmp_path):

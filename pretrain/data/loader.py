@@ -498,7 +498,8 @@ class Batches:
         """Let the threads have as much to do as they may."""
         loader, ahead = self.loader, self.loader.ahead()
         if self.pool is None:
-            loader.supply.open(self.submitted, ahead + 1)
+            # Where fields are handed on, more may be under way once it is known how large these are.
+            loader.supply.open(self.submitted, 1 + (MAX_AHEAD_BATCHES if loader.config.fields else ahead))
             # What can stall is never read by the training thread, which could not be asked to stop.
             threads = loader.config.threads or int(loader.supply.can_stall)
             self.pool = ThreadPoolExecutor(threads, thread_name_prefix="decode") if threads else InThisThread()

@@ -10,6 +10,7 @@ import torch
 from lives import LifeOfRun, arguments, at_end_of_step, events_of, keys_of, losses_of, stall, weights_of
 from ranks import run_on_ranks
 
+from data_tools.errors import UserError
 from pretrain.checkpoint import gather_weights
 from pretrain.spikes import GiveUp, LeftOut, Spikes, SpikesConfig, robust_limit
 from pretrain.world import World
@@ -165,9 +166,11 @@ def test_what_is_left_out_is_read_back(tmp_path: Path) -> None:
     assert again.steps == {7}
     with pytest.raises(GiveUp, match="1 rollbacks to the checkpoint of step 3"):
         again.add({**entry, "steps": [8]}, limit=1, write=True)
-    (tmp_path / "left_out.json").write_text("{")
-    with pytest.raises(Exception, match="not the record of steps"):
-        LeftOut(tmp_path)
+    no_entry = {key: value for key, value in entry.items() if key != "to"}
+    for text in ("{", "{}", "5", json.dumps([no_entry]), json.dumps([{**entry, "steps": ["seven"]}])):
+        (tmp_path / "left_out.json").write_text(text)
+        with pytest.raises(UserError, match=r"not the record of steps .*[^\n]*\. Restore or remove it$"):
+            LeftOut(tmp_path)
 
 
 def drop_then_step(world: World) -> None:

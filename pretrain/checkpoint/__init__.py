@@ -6,6 +6,7 @@ size and SHA-256. The folder gets its name last. What was found damaged is set a
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -14,6 +15,7 @@ import pickle
 import re
 import secrets
 import shutil
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -40,6 +42,9 @@ EXTRA = "extra.safetensors"
 DEEPSPEED_TAG = "deepspeed"
 SEAL = "sha256"  # of all else in state.json, which lists those of the other files
 NAME = re.compile("step_[0-9]+")
+# What a system says of files that it does not get at, rather than of files that are gone or spoiled.
+OUT_OF_REACH = {errno.EACCES, errno.EPERM, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH}
+OUT_OF_REACH |= {errno.ENOTCONN, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 BYTES_PER_PARAMETER = 20  # fp32 weights, two moments and the master copy, and the 16- or 32-bit weights of the module
 
 
@@ -55,6 +60,10 @@ class CheckpointConfig(ConfigModel):
     # A URL that fsspec knows, or a path: each checkpoint is copied there too, in the background, and taken from there where the
     # run folder has none.
     target: str | None = None
+
+
+class OutOfReach(UserError):
+    """A checkpoint that cannot be read now, which says nothing of whether it is whole."""
 
 
 class Found(NamedTuple):
@@ -86,10 +95,20 @@ def read_state(folder: Path) -> dict[str, Any]:
         wrong = [name for name, file in state["files"].items() if (folder / name).stat().st_size != file["bytes"]]
         int(state["step"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        check_reach(folder, error)
         raise UserError(f"{folder}: not a whole checkpoint: {type(error).__name__}: {error}") from None
     if wrong:
         raise UserError(f"{folder}: not a whole checkpoint: {wrong[0]} has another size than when it was saved")
     return state
+
+
+def check_reach(folder: Path, error: Exception) -> None:
+    """Raises OutOfReach if `error` says so: a run that went back to an older checkpoint because of it would lose steps."""
+    if isinstance(error, OSError) and error.errno in OUT_OF_REACH:
+        raise OutOfReach(
+            f"{error.filename or folder}: cannot be read on {socket.gethostname()}: {error.strerror}. Mend that, and run the "
+            "same command again"
+        ) from None
 
 
 def seal_of(state: dict[str, Any]) -> str:
@@ -103,6 +122,7 @@ def check_files(folder: Path, state: dict[str, Any], names: list[str]) -> None:
         try:
             same = hash_file(folder / name) == state["files"][name]["sha256"]
         except (OSError, KeyError) as error:
+            check_reach(folder, error)
             raise UserError(f"{folder}: not a whole checkpoint: {name}: {error}") from None
         if not same:
             raise UserError(f"{folder}: not a whole checkpoint: {name} has other bytes than when it was saved")
@@ -117,24 +137,29 @@ def check_whole(folder: Path) -> None:
 def verify(folder: Path, world: World) -> tuple[dict[str, Any] | None, str]:
     """The state of a checkpoint that is whole, else None and why not: the same on every rank, which share the reading.
 
-    Collective.
+    Raises UserError on every rank if one of them does not get at it. Collective.
     """
-    state, problem = None, ""
+    state, problem = None, None
     if world.is_main:
         try:
             state = read_state(folder)
         except UserError as error:
-            problem = str(error)
+            problem = error
     state, problem = world.share((state, problem))
+    if isinstance(problem, OutOfReach):
+        raise problem
     if state is None:
-        return None, problem
+        return None, str(problem)
     largest_first = sorted(state["files"], key=lambda name: -state["files"][name]["bytes"])
     try:
         check_files(folder, state, largest_first[world.rank :: world.size])
     except UserError as error:
-        problem = str(error)
-    problem = next(filter(None, world.gather_objects(problem)), "")
-    return (None, problem) if problem else (state, "")
+        problem = error
+    problems = [problem for problem in world.gather_objects(problem) if problem]
+    for problem in problems:
+        if isinstance(problem, OutOfReach):
+            raise problem
+    return (None, str(problems[0])) if problems else (state, "")
 
 
 def find_newest(run: str | Path, world: World, target: str | None = None) -> Found | None:
@@ -185,6 +210,8 @@ def load_weights(
             names = [name for name in (WEIGHTS, EXTRA)[: 1 + with_extra] if name in state["files"]]
             check_files(folder, state, names)
             return load_file(folder / WEIGHTS), load_file(folder / EXTRA) if EXTRA in names else {}, state
+        except OutOfReach:
+            raise
         except (UserError, SafetensorError, OSError) as error:
             log.warning("%s; trying the one before", error if isinstance(error, UserError) else f"{folder}: {error}")
     raise UserError(f"{run}: none of its {len(found)} checkpoints is whole. Start a new run folder: run=...")

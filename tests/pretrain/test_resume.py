@@ -1,6 +1,7 @@
 """Real processes, killed, and resumed: whole checkpoints or none, bit for bit, and on other numbers of ranks."""
 
 import ctypes
+import errno
 import json
 import os
 import random
@@ -237,6 +238,28 @@ def test_a_damaged_file_is_found_and_the_checkpoint_before_taken(name: str, tmp_
     assert found.folder.name == "step_00000006"
     assert [folder.name for folder, _ in found.passed_over] == ["step_00000008"]
     assert "step_00000008: not a whole checkpoint" in found.passed_over[0][1]
+
+
+@pytest.mark.parametrize("name", ["state.json", "weights.safetensors"])
+def test_what_is_out_of_reach_is_not_taken_for_damaged(
+    name: str, tmp_path: Path, whole_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a mount has gone stale on one node: to go back to an older checkpoint would be to lose steps."""
+    run = copy_run(whole_run, tmp_path / "run")
+
+    def refuse(function):
+        def refusing(path: Path, *others: object, **named: object) -> object:
+            if str(path).endswith(f"step_00000008/{name}"):
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+            return function(path, *others, **named)
+
+        return refusing
+
+    monkeypatch.setattr(Path, "read_text", refuse(Path.read_text))
+    monkeypatch.setattr(checkpoint, "hash_file", refuse(checkpoint.hash_file))
+    with pytest.raises(UserError, match=f"step_00000008/{name}: cannot be read on .*Stale file handle"):
+        checkpoint.find_newest(run, World())
+    assert len(checkpoint.folders(run)) == 2
 
 
 def test_a_run_falls_back_on_record(shards: Path, tmp_path: Path, whole_run: Path) -> None:

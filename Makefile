@@ -15,8 +15,9 @@ READERS := energon huggingface open_clip
 demo: $(READY)
 	$(VENV)/bin/python -m pretrain demo
 
+# Two files at a time: while one waits for a cluster or for ranks of its own, the other computes.
 test: $(READY)
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 test-faults: $(READY)
 	$(VENV)/bin/python -m pytest -m faults

@@ -31,7 +31,7 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        "test": ["hypothesis>=6.100", "pytest>=8", "ruff"],
+        "test": ["hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.6", "ruff"],
         "bench": ["pandas"],
     },
 )

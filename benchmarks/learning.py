@@ -15,7 +15,10 @@ import sys
 from pathlib import Path
 
 from data_tools.errors import UserError, run_command
+from pretrain.__main__ import positive
+from pretrain.config import load_config
 from pretrain.local import run_ranks
+from pretrain.train import RunConfig
 
 NO_MATCHING = ["losses.matching=null", "model.match_head=false"]
 CROSS = "kind: cross, width: {width}, layers: 2, heads: {heads}"
@@ -40,7 +43,7 @@ def main() -> int:
     parser.add_argument("--out", required=True, metavar="DIR", help="a run folder for each variant and seed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
-    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--ranks", type=positive, default=1)
     parser.add_argument("--table", action="store_true", help="only the table of what is there")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     return run_command(study, parser.parse_args())
@@ -63,7 +66,10 @@ def train_and_evaluate(options: argparse.Namespace, name: str, seed: int) -> Non
     run = folder_of(options, name, seed)
     if (run / "retrieval.json").exists():
         return
-    sizes = {"width": 128, "heads": 4} if "demo" in options.config else {"width": 192, "heads": 3}
+    fusion = load_config(options.config, [], RunConfig).model.fusion
+    if fusion is None or not hasattr(fusion, "width"):
+        raise UserError(f"{options.config}: needs a model.fusion with a width and heads, which all variants then have")
+    sizes = {"width": fusion.width, "heads": fusion.heads}
     given = [f"run={run}", f"seed={seed}", f"data.path={options.shards}/train", *options.overrides]
     overrides = [override.format(**sizes) for override in VARIANTS[name]]
     print(f"\n== {name}, seed {seed}", flush=True)

@@ -25,7 +25,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_tools.errors import run_command
+from data_tools.errors import UserError, run_command
+from pretrain.__main__ import positive
 from pretrain.accumulate import compute_gradients
 from pretrain.config import check_config
 from pretrain.contract import Batch, Candidates, Identity, ModelOutput, MomentumOutput
@@ -81,14 +82,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=tuple(TOWERS), default="cpu")
     parser.add_argument(
-        "--batch-size", type=int, metavar="N", help="pairs a step of the time table (128, on a GPU 512)"
+        "--batch-size", type=positive, metavar="N", help="pairs a step of the time table (128, on a GPU 512)"
     )
-    parser.add_argument("--rounds", type=int, default=5, help="of the time table (5)")
+    parser.add_argument("--rounds", type=positive, default=5, help="of the time table (5)")
     parser.add_argument("--only", choices=("memory", "bytes", "time"), help="one of the tables")
     return run_command(measure, parser.parse_args())
 
 
 def measure(options: argparse.Namespace) -> int:
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device: there is no CUDA device here. Leave it out")
+    if options.batch_size and options.batch_size % MICRO_BATCHES:
+        raise UserError(f"--batch-size: {options.batch_size} is no multiple of the {MICRO_BATCHES} micro-batches")
     tables = {"memory": show_memory, "bytes": show_bytes, "time": show_time}
     for name, show in tables.items():
         if options.only in (None, name):

@@ -417,6 +417,7 @@ class RawSample:
     key: str
     shard: str
     fields: dict[str, bytes]
+    origin: tuple[int, int] | None = None  # where it was read: number of the shard, place in its tar; None of a stream
 
 
 class ShardReader:
@@ -510,7 +511,7 @@ class _OpenShard:
     """An open tar with its index and its part of the selection."""
 
     def __init__(self, manifest: Manifest, number: int, file: Any) -> None:
-        self._info = manifest.shards[number]
+        self._info, self._number = manifest.shards[number], number
         self._name_key = partial(manifest.name_key, number)
         self._path = manifest.tars.locate(self._info.name)
         self._offsets = manifest.load_index(number)
@@ -536,7 +537,7 @@ class _OpenShard:
         if len(keys) != 1:
             raise ShardError(f"{where}: found the members of {len(keys)} keys, valid is one. {advice}")
         fields = {extension: content for (_, extension), content in names.items()}
-        return RawSample(self._name_key(keys.pop()), self._info.name, fields)
+        return RawSample(self._name_key(keys.pop()), self._info.name, fields, (self._number, place))
 
 
 class ShardWriter:

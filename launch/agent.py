@@ -80,6 +80,7 @@ class Agent:
         self.notice: str | None = None
         self.saved_life = 0  # whose ranks were told to save
         self.since_s = time.monotonic()
+        self.end_time = guess_end_time(job)
         self.killed_s: float | None = None
         self.claim: Any = None
         self.claimed_generation = 0
@@ -381,7 +382,7 @@ class Agent:
             self.doubt_s = None
         else:
             silent_s = self.job.node_silent_s
-            kind = find_lost(self.heart, self.shared, order["leader"], silent_s)
+            kind = self.find_lost_leader(order["leader"])
             members = order["members"]
             late_s = 2 * self.job.heartbeat_s
             self.shared.doubted = [node for node in members if self.heart.silence_s(node) > late_s]
@@ -410,9 +411,17 @@ class Agent:
         self.claimed_generation = generation
         self.claim = self.shared.do(self.shared.claim_generation, generation)
 
+    def find_lost_leader(self, leader: str) -> str | None:
+        """What has become of the leader: as of any node, or "resigned" where it lives but leads no more, as after an outage of the
+        network in which it heard nobody."""
+        if leader == self.node:
+            return "resigned"
+        kind = find_lost(self.heart, self.shared, leader, self.job.node_silent_s)
+        return "resigned" if kind is None and "order" not in self.heart.last_said(leader) else kind
+
     def misses(self, node: str, order: dict[str, Any]) -> bool:
         """Whether a node says that it does not hear the leader either."""
-        return node == self.node or self.heart.heard().get(node, {}).get("misses") == order["leader"]
+        return node == self.node or self.heart.last_said(node).get("misses") == order["leader"]
 
     def doubt_long(self) -> bool:
         """Whether who claimed the succession before has had time to make itself heard."""
@@ -422,10 +431,13 @@ class Agent:
         told(f"{self.node} leads (generation {self.claimed_generation})")
         leader = Leader(
             self.job, self.nodes, self.node, self.claimed_generation, self.heart, self.shared,
-            ask_slurm_why, release_allocation, end_time(self.job),
+            ask_slurm_why, release_allocation, self.end_time,
         )  # fmt: skip
+        threading.Thread(
+            target=lambda: setattr(leader, "end_time", ask_slurm_end() or self.end_time), daemon=True
+        ).start()
         if self.order is not None:
-            kind = find_lost(self.heart, self.shared, self.order["leader"], self.job.node_silent_s) or "silent"
+            kind = self.find_lost_leader(self.order["leader"]) or "silent"
             leader.own = self.describe()
             leader.take_over(self.order, kind)
         self.leader, self.order = leader, leader.order
@@ -482,12 +494,18 @@ def find_free_port() -> int:
         return probe.getsockname()[1]
 
 
-def end_time(job: ResolvedJob) -> float | None:
-    """When Slurm ends the allocation, in unix seconds; None where nobody will."""
-    if "SLURM_JOB_ID" not in os.environ:
-        return None
-    told_by_slurm = os.environ.get("SLURM_JOB_END_TIME", "")
-    return float(told_by_slurm) if told_by_slurm.isdigit() else time.time() + 60 * job.time_limit_min
+def guess_end_time(job: ResolvedJob) -> float | None:
+    """When Slurm ends the allocation, in unix seconds, if it has just begun; None where nobody ends it."""
+    return time.time() + 60 * job.time_limit_min if "SLURM_JOB_ID" in os.environ and job.time_limit_min else None
+
+
+def ask_slurm_end() -> float | None:
+    """When Slurm ends the allocation, in unix seconds; None where it does not answer. May take 15 s."""
+    with contextlib.suppress(UserError, ValueError):
+        found = slurm.query_job(os.environ["SLURM_JOB_ID"]) if "SLURM_JOB_ID" in os.environ else None
+        if found and found.end:
+            return time.mktime(time.strptime(found.end, "%Y-%m-%dT%H:%M:%S"))
+    return None
 
 
 def ask_slurm_why() -> str | None:

@@ -120,6 +120,11 @@ class Heart:
         with self.lock:
             return {node: peer.says for node, peer in self.peers.items() if peer.heard}
 
+    def last_said(self, node: str) -> dict[str, Any]:
+        """What a node said last; nothing of one that was never heard."""
+        peer = self.peers.get(node)
+        return peer.says if peer else {}
+
     def silence_s(self, node: str) -> float:
         """Since when nothing was heard of a node, without the time in which this process could not have heard it."""
         if node == self.node:

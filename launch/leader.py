@@ -5,7 +5,7 @@ may be heard late, twice or in part by others than it was meant for. Of two orde
 number) holds. A supervisor that takes over makes the next generation its own by a file that can be made only once; a leader
 that cannot hear more than half of the nodes has to do so, too, before it decides anything.
 
-    gather -> preflight -> prepare -> run -> (collect) -> judge -> prepare ... -> end
+    gather (and preflight) -> prepare -> run -> (save) -> collect -> repair -> prepare ... -> end
 """
 
 import json
@@ -33,6 +33,8 @@ PREPARE_S = 20.0  # for a node to end the ranks of the life before
 GRACE_S = 2.0  # for the other ranks to end by themselves, and say why, after one has failed
 FINISH_S = 60.0  # the same after one has finished or saved
 MEASURE_S = 60.0  # between two looks at how long saves take
+MOST_LOGS = 128  # of the ranks that ended first, that are read to find the cause
+RETURN_WAIT_S = 60.0  # for a node that is cut off to come back, where nothing else helps but a requeue
 RETURN_S = 5.0  # for which a node has to answer again before it is used
 END_S = 5.0  # for the other supervisors to end their ranks at the end of the job
 
@@ -101,8 +103,12 @@ class Leader:
         self.stop_file = False
         self.deadline_s = float("inf")
         self.ended_s: float | None = None  # when the first rank of this life ended well
+        self.outage = False  # of the network between the nodes
+        self.broken: Verdict | None = None  # why the last life has failed, and its exit code
+        self.broken_code = 0
         self.frozen_rank: tuple[int, str, str] | None = None
         self.commands: dict[str, dict[str, Any]] = {}
+        self.lock, self.changed = threading.Lock(), False  # of commands
         self.pending: Future | None = None
         self.then: Callable[[Any], None] = lambda result: None
         self.claim: Future | None = None
@@ -157,7 +163,11 @@ class Leader:
         if order["action"] == "end":  # the old one was about to end the job: do that
             self.ending = {"code": order["code"]}
             self.phase = "end"
-        if old in self.members:
+        if kind == "resigned":  # nobody is lost, but the ranks were ended when nobody led
+            self.outage = True
+            if self.phase in ("run", "save"):
+                self.enter("collect", 0.0)
+        elif old in self.members:
             self.lose(old, kind)
         self.give_order()
 
@@ -172,6 +182,9 @@ class Leader:
 
     def tick(self, own: dict[str, Any]) -> None:
         self.own = own
+        if self.changed:
+            self.changed = False
+            self.give_order()
         if self.leads and self.phase != "end":
             self.watch_nodes()
         if not self.leads or self.code is not None:
@@ -189,6 +202,7 @@ class Leader:
             "prepare": self.prepare,
             "run": self.watch_life,
             "collect": self.collect,
+            "repair": self.repair,
             "save": self.save,
             "end": self.end,
         }[self.phase]()
@@ -216,7 +230,7 @@ class Leader:
         return future
 
     def says(self, node: str) -> dict[str, Any]:
-        return self.own if node == self.node else self.heart.heard().get(node, {})
+        return self.own if node == self.node else self.heart.last_said(node)
 
     def spares(self) -> list[str]:
         return [node for node in self.members if node not in self.active and node not in self.excluded]
@@ -237,8 +251,8 @@ class Leader:
                 self.lose(node, kind)
         if not self.leads:
             return
-        for node in self.heart.heard():
-            if node in self.allocation and node not in self.members and self.heart.silence_s(node) < silent_s / 2:
+        for node in set(self.allocation).difference(self.members):
+            if self.heart.last_said(node) and self.heart.silence_s(node) < silent_s / 2:
                 if self.heart.answer(node) != REFUSES:
                     self.welcome(node)
 
@@ -334,7 +348,7 @@ class Leader:
         return preflight(self.run_on_nodes, nodes, self.job, self.job.preflight.timeout_s)
 
     def preflighted(self, bad: dict[str, list[str]], began_s: float) -> None:
-        self.commands.clear()
+        self.commands = {}
         self.log("preflight", seconds=round(time.monotonic() - began_s, 1), bad=bad)
         self.excluded |= {node: "; ".join(reasons) for node, reasons in bad.items()}
         self.plan_first_life()
@@ -344,8 +358,7 @@ class Leader:
         key = f"{threading.get_ident()}-{time.monotonic_ns()}"
         port = self.says(nodes[0]).get("free_port")
         place = self.says(nodes[0]).get("address")
-        self.commands[key] = {"words": command, "nodes": nodes, "timeout_s": timeout_s, "master": [place, port]}
-        self.give_order()
+        self.set_command(key, {"words": command, "nodes": nodes, "timeout_s": timeout_s, "master": [place, port]})
         end_s = time.monotonic() + timeout_s + 5
         found: dict[str, tuple[int | None, str]] = {}
         while time.monotonic() < end_s and len(found) < len(nodes):
@@ -356,9 +369,16 @@ class Leader:
                 elif node in self.lost:
                     found[node] = (None, f"the node is {self.lost[node]}")
             time.sleep(0.02)
-        self.commands.pop(key, None)
-        self.give_order()
+        self.set_command(key, None)
         return {node: found.get(node, (None, "")) for node in nodes}
+
+    def set_command(self, key: str, command: dict[str, Any] | None) -> None:
+        """Have a command in the order, or no longer. From other threads: the next turn of the loop gives the order."""
+        with self.lock:
+            others = {name: value for name, value in self.commands.items() if name != key}
+            self.commands = others | ({key: command} if command else {})
+            self.changed = True
+        self.heart.wake()
 
     def plan_first_life(self) -> None:
         self.active = self.allocation[: self.job.nodes]
@@ -374,7 +394,7 @@ class Leader:
         spares = [
             node for node in [*self.allocation, *self.members] if node in self.members and node not in self.active
         ]
-        left = self.job.max_restarts - self.restarts
+        left = self.job.max_restarts - self.restarts if self.life else 1  # the first start is none
         repair = ladder.choose_repair(
             verdict, self.active, spares, bad, self.job.nodes, self.job.min_nodes, self.fits, left
         )
@@ -560,6 +580,9 @@ class Leader:
         ends = self.rank_ends()
         if all(end[2] is not None for _, _, end in ends.values()) or time.monotonic() > self.deadline_s:
             lost = {node: {"cut": "silent"}.get(kind, kind) for node, kind in self.lost.items() if node in self.active}
+            if self.outage:
+                lost = {node: "silent" for node in self.active if node != self.node}
+                self.outage = False
             step, life, started_at, asked = self.step(), self.life, self.started_at, self.asked
             frozen, stop_file = self.frozen_rank, self.stop_file
             launch, run = self.shared.launch, self.run
@@ -573,8 +596,10 @@ class Leader:
                 reached = ends_said[0] if ends_said else step
                 if frozen:
                     hangs.append({"event": "hang", "rank": frozen[0], "host": frozen[1], "reason": frozen[2]})
+                first = sorted(ends, key=lambda rank: ends[rank][2][2] or float("inf"))[:MOST_LOGS]
+                tails = {rank: log_tail(launch, rank, life) for rank in first}
                 ranks = tuple(
-                    RankEnd(rank, node, local, code, number, at, log_tail(launch, rank, life))
+                    RankEnd(rank, node, local, code, number, at, tails.get(rank, ""))
                     for rank, (node, local, (code, number, at)) in ends.items()
                 )
                 notice = (
@@ -621,7 +646,20 @@ class Leader:
             saved = set(codes) <= {0, EXIT_SAVED}
             self.end_asked(EXIT_SAVED if saved else EXIT_RESTART, verdict.reason)
             return
+        self.broken, self.broken_code = verdict, code
+        self.enter("repair", RETURN_WAIT_S)
+
+    def repair(self) -> None:
+        """Choose what follows a life that has failed. Before the allocation is given back, a node that lives and is only cut off
+        has some time to be heard again: a requeue takes longer."""
+        verdict, code = self.broken, self.broken_code
         repair = self.choose(verdict)
+        if repair.action == "requeue" and "cut" in self.lost.values() and time.monotonic() < self.deadline_s:
+            if (notice := self.find_notice()) is None:
+                return
+            self.asked = notice
+            self.end_asked(EXIT_RESTART, verdict.reason)
+            return
         if repair.nodes:
             told = {"spare": repair.spare} if repair.spare else {}
             self.log("repair", action=repair.action, nodes=list(repair.nodes), excluded=list(repair.excluded), **told)

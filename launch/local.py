@@ -16,6 +16,8 @@ from launch.slurm import enter_container, quote_list, render_code, render_setup
 
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=5")
 ANSWER_S = 20
+# Of the environment of who submits, what reaches the hosts, as sbatch would bring all of it.
+FORWARDED = ("NCCL_", "GLOO_", "UCX_", "FI_", "OFI_", "TORCH_", "OMP_", "HF_")
 
 _RUN = r"""
 exec "${in_container[@]}" "$python" -m launch agent "$launch/job.json" --nodes "$nodes" \
@@ -81,8 +83,10 @@ def start_command(job: ResolvedJob, script: Path, host: str, job_id: str) -> str
     """A line of bash that starts a supervisor in a session of its own, and prints /proc/PID/stat of it."""
     name = node_name(host)
     log = shlex.quote(str(job.launch / "logs" / f"{name}.supervisor.log"))
+    given = {key: text for key, text in os.environ.items() if key.startswith(FORWARDED) and job.kind == "ssh"}
+    forwarded = "".join(f"{key}={shlex.quote(text)} " for key, text in given.items())
     return (
-        f"setsid bash {shlex.quote(str(script))} {shlex.quote(name)} {job_id} >>{log} 2>&1 </dev/null & "
+        f"{forwarded}setsid bash {shlex.quote(str(script))} {shlex.quote(name)} {job_id} >>{log} 2>&1 </dev/null & "
         f'read -r line </proc/$!/stat; echo "$line"'
     )
 

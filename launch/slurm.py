@@ -460,6 +460,12 @@ def estimate_start(script: str) -> str:
 
 
 def cancel(job_ids: list[str], timeout_s: float = ANSWER_S) -> None:
-    """End jobs now. Raises UserError, or ControllerAway."""
-    if job_ids:
-        call("scancel", *job_ids, timeout_s=timeout_s)
+    """End jobs now; those that have ended are no mistake. Raises UserError, or ControllerAway."""
+    try:
+        if job_ids:
+            call("scancel", *job_ids, timeout_s=timeout_s)
+    except ControllerAway:
+        raise
+    except UserError as error:
+        if "already completing or completed" not in str(error) and "Invalid job id" not in str(error):
+            raise

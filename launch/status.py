@@ -7,6 +7,7 @@ RUN/progress, metrics.jsonl  the ranks' own; events.jsonl, done.json
 import json
 import os
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -39,12 +40,12 @@ def find_run(place: str) -> Path:
     return Path(os.path.abspath(path))
 
 
-def collect(run: Path) -> dict[str, Any]:
-    """All that is known of a run, as plain values. Waits for Slurm at most some seconds."""
+def collect(run: Path, own: list[slurm.SlurmJob] | UserError | None = None) -> dict[str, Any]:
+    """All that is known of a run, as plain values. Waits for Slurm at most some seconds; `own`: what squeue has said."""
     job = read_job(run / "launch" / "job.json")
     records = submit.read_records(run)
     facts: dict[str, Any] = {"run": str(run), "name": job.name, "kind": job.kind}
-    facts["jobs"], facts["away"] = ask_jobs(job, records)
+    facts["jobs"], facts["away"] = ask_jobs(job, records, own)
     state = read_object(run / "launch" / "state.json")
     facts["supervisors"] = state | {"age_s": time.time() - state["time"]} if state else None
     facts |= read_progress(run)
@@ -56,23 +57,26 @@ def collect(run: Path) -> dict[str, Any]:
     return facts
 
 
-def ask_jobs(job: ResolvedJob, records: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str | None]:
-    """The run's jobs that have not ended, and the last one; and why they are not known."""
+def ask_jobs(
+    job: ResolvedJob, records: list[dict[str, Any]], own: list[slurm.SlurmJob] | UserError | None
+) -> tuple[list[dict[str, Any]], str | None]:
+    """The run's jobs that have not ended, else the last one; and why they are not known."""
     if not records:
         return [], None
     last = records[-1]
     try:
+        if isinstance(own, UserError):
+            raise own
         if job.kind != "slurm":
             alive = submit.local.find_alive(job, last.get("processes", {}))
             state = "RUNNING" if any(alive.values()) else "UNKNOWN" if None in alive.values() else "ENDED"
             return [{"job_id": last["job_id"], "state": state, "nodes": ",".join(alive)}], None
         ids = [record["job_id"] for record in records if record["job_id"]]
-        active = [vars(one) for one in slurm.list_jobs() if one.job_id in ids]
-        known = {one["job_id"] for one in active}
+        active = [vars(one) for one in (slurm.list_jobs() if own is None else own) if one.job_id in ids]
         for one in active:
             if one["state"] != "PENDING":
                 one |= vars(slurm.query_job(one["job_id"]) or slurm.SlurmJob(one["job_id"], one["state"]))
-        if not active and ids and ids[-1] not in known:
+        if not active and ids:
             found = slurm.query_job(ids[-1])
             return [vars(found) if found else {"job_id": ids[-1], "state": "FORGOTTEN", "nodes": ""}], None
         return active, None
@@ -82,7 +86,7 @@ def ask_jobs(job: ResolvedJob, records: list[dict[str, Any]]) -> tuple[list[dict
 
 def read_progress(run: Path) -> dict[str, Any]:
     """Where the run stands by its own files: step, steps, samples/s, loss, seconds left, what was saved last."""
-    facts: dict[str, Any] = {"done": (run / "done.json").exists(), "step": None, "steps": None, "saved": None}
+    facts: dict[str, Any] = {"done": is_done(run), "step": None, "steps": None, "saved": None}
     for event in read_lines(run / "events.jsonl"):
         if event.get("event") == "start":
             facts |= {"steps": event.get("steps"), "world_size": event.get("world_size"), "step": event.get("step")}
@@ -104,6 +108,14 @@ def read_progress(run: Path) -> dict[str, Any]:
     if step_s and facts["steps"] is not None and facts["step"] is not None:
         facts["left_s"] = max(0, facts["steps"] - facts["step"]) * step_s
     return facts
+
+
+def is_done(run: Path) -> bool:
+    """Whether the run has reached its duration since it was last submitted, which may have been for a longer one."""
+    try:
+        return (run / "done.json").stat().st_mtime_ns > (run / "launch" / "job.json").stat().st_mtime_ns
+    except FileNotFoundError:
+        return False
 
 
 def name_state(facts: dict[str, Any]) -> str:
@@ -263,9 +275,13 @@ def show_list(folders: list[str]) -> None:
         print(f"no submitted runs below {', '.join(folders)}")
         return
     print(f"{'run':36} {'state':9} {'step':>9} {'of':>9} {'job':>12}")
+    try:  # once for all
+        own: list[slurm.SlurmJob] | UserError = slurm.list_jobs() if shutil.which("squeue") else []
+    except UserError as error:
+        own = error
     for run in sorted(set(runs), key=lambda run: (run / "launch" / "job.json").stat().st_mtime, reverse=True):
         try:
-            facts = collect(run)
+            facts = collect(run, own)
         except UserError as error:
             print(f"{str(run)[-36:]:36} unreadable: {error}")
             continue
@@ -355,8 +371,10 @@ def wait_for_end(run: Path) -> int:
             looked_s = time.monotonic()
             facts = collect(run)
             if facts["state"] in ("done", "ended", "stopped"):
-                ended = [event for event in read_launch_events(run) if event["event"] == "job_end"]
-                return ended[-1]["code"] if ended else facts["jobs"][0].get("exit_code") or 1
+                code = None
+                for event in read_launch_events(run):
+                    code = None if event["event"] == "submitted" else event.get("code", code)
+                return code if code is not None else next((one.get("exit_code") for one in facts["jobs"]), None) or 1
         time.sleep(POLL_S)
 
 

@@ -137,7 +137,7 @@ def exclude_bad_nodes(job: ResolvedJob) -> ResolvedJob:
     if not bad:
         return job
     if job.kind == "slurm":
-        given = [job.exclude] if job.exclude else []
+        given = job.exclude.split(",") if job.exclude else []
         print(f"note    without {', '.join(bad)}: {job.bad_nodes} remembers why", file=sys.stderr)
         return job.model_copy(update={"exclude": ",".join([*given, *(node for node in bad if node not in given)])})
     hosts = [host for host in job.hosts if local.node_name(host) not in bad]

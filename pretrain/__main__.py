@@ -78,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
             task.add_argument("--keep", type=positive, default=2, metavar="N", help="the last N stay (2)")
             task.add_argument("--keep-every", type=positive, metavar="M", help="and those of each M-th step")
 
-    command = commands.add_parser("doctor", help="look into what a config would do, without training")
+    command = commands.add_parser("doctor", help="look into what a config would do, or what a run does")
     checks = command.add_subparsers(required=True, metavar="CHECK")
     check = checks.add_parser("order", help="print the keys that a rank would take: STEP POSITION DATASET KEY")
     check.add_argument("config", help="YAML file, as those in configs/")
@@ -96,8 +96,18 @@ def build_parser() -> argparse.ArgumentParser:
         "--world-size", type=positive, default=1, metavar="W", help="ranks of the run; one is measured (1)"
     )
     check.add_argument("--threads", type=positive, nargs="+", metavar="N", help="numbers of threads to try")
+    check.add_argument(
+        "--step-s", type=seconds, default=0.0, metavar="S", help="seconds of a training step without its data (0)"
+    )
+    check.add_argument(
+        "--ranks-per-node", type=positive, default=1, metavar="N", help="ranks that share this machine's processors (1)"
+    )
     check.add_argument("--json", metavar="FILE", help="also write the numbers there")
     check.set_defaults(function=run_doctor_loader)
+
+    check = checks.add_parser("stragglers", help="print where each rank's time goes in a run, the slowest first")
+    check.add_argument("run", metavar="RUN", help="run folder of a training run")
+    check.set_defaults(function=run_doctor_stragglers)
 
     check = checks.add_parser("node", help="whether this machine can take part in a run; one JSON line")
     check.add_argument("config", nargs="?", help="YAML file, as those in configs/: its shards and run folder are tried")
@@ -135,6 +145,13 @@ def natural(text: str) -> int:
     value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"must be at least 0; found {value}")
+    return value
+
+
+def seconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be at least 0; found {text}")
     return value
 
 
@@ -220,10 +237,18 @@ def run_doctor_loader(options: argparse.Namespace, arguments: list[str]) -> int:
     from pretrain.doctor.loader import examine, render
     from pretrain.train import RunConfig
 
-    report = examine(load_config(options.config, options.overrides, RunConfig), options.world_size, options.threads)
+    config = load_config(options.config, options.overrides, RunConfig)
+    report = examine(config, options.world_size, options.threads, options.step_s, options.ranks_per_node)
     print(render(report))
     if options.json:
         write_json_atomic(options.json, report)
+    return 0
+
+
+def run_doctor_stragglers(options: argparse.Namespace, arguments: list[str]) -> int:
+    from pretrain.doctor.stragglers import examine, render
+
+    print(render(*examine(options.run)))
     return 0
 
 

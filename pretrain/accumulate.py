@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from pretrain.contract import Batch, ModelOutput, TeacherOutput
-from pretrain.engine import one_reduction
+from pretrain.engine import loss_scale, one_reduction, run_backward
 from pretrain.losses import EMBEDDING_LOSSES, PAIR_LOSSES, LossesConfig, compute_losses
+from pretrain.model.model import KnownTexts
+from pretrain.model.towers import Tower
 from pretrain.momentum import Momentum
 from pretrain.spikes import GiveUp
 from pretrain.world import World
@@ -37,6 +39,10 @@ def compute_gradients(
     carries those gradients and the pair losses back. The gradient is that of the whole batch, at the memory of one
     micro-batch and the price of one more forward. Source: GradCache, arXiv:2101.06983.
 
+    On one rank all negatives are its own. There the second pass does the same once more, for the tokens of texts: matching
+    takes those of the first pass, and their gradients are carried back when all images are done. So no text is encoded for
+    each image that draws it.
+
     `teacher` is that of `losses.distill`, `momentum` that of `losses.momentum`.
 
     Returns: this rank's part of each loss and their `total`, and its embeddings [B,E].
@@ -49,12 +55,18 @@ def compute_gradients(
         output.momentum = averaged
         output.teacher = teacher(batch) if teacher else None
         losses = compute_losses(config, output, world, step)
-        engine.backward(infect(losses["total"], losses["total"], output))
+        run_backward(engine, infect(losses["total"], losses["total"], output))
         return losses, output
 
     starts = range(0, rows, micro_batch_size)
+    keeps_texts = bool(config.matching) and world.size == 1
+    parts = []
     with torch.no_grad():
-        parts = [engine(batch.rows(start, start + micro_batch_size), heads=False) for start in starts]
+        for start in starts:
+            parts.append(engine(batch.rows(start, start + micro_batch_size), heads=False))
+            if not keeps_texts:
+                parts[-1].text_tokens = None
+    tokens = torch.cat([part.text_tokens for part in parts]).requires_grad_() if keeps_texts else None
     bias = parts[0].logit_bias
     whole = ModelOutput(
         image_embed=torch.cat([part.image_embed for part in parts]).requires_grad_(),
@@ -77,12 +89,24 @@ def compute_gradients(
         for start in starts:
             stop = start + micro_batch_size
             pairs = plan.pairs(start, stop) if plan else None
-            output = engine(batch.rows(start, stop), pairs=pairs, token_weights=token_weights)
+            texts = None
+            if keeps_texts:
+                texts = KnownTexts(tokens, Tower(tokens[start:stop], whole.text_embed[start:stop].detach()))
+            output = engine(batch.rows(start, stop), pairs=pairs, token_weights=token_weights, texts=texts)
             pair_losses = compute_losses(config, output, world, step, PAIR_LOSSES)
             for name, value in pair_losses.items():
                 losses[name] = losses.get(name, 0) + value.detach()
             carried = carry_back(whole, output, start, stop)
-            engine.backward(infect(pair_losses["total"] + carried, losses["total"], output))
+            run_backward(engine, infect(pair_losses["total"] + carried, losses["total"], output))
+        for start in starts if keeps_texts else ():
+            stop = start + micro_batch_size
+            text = engine(batch.rows(start, stop), text_only=True)
+            gradient = tokens.grad[start:stop].to(text.pooled.dtype) / loss_scale(engine)
+            carried = (text.tokens.to(gradient.dtype) * gradient).sum()
+            if whole.text_embed.grad is not None:
+                carried = carried + (text.pooled * whole.text_embed.grad[start:stop]).sum()
+            if carried.requires_grad:  # not where the tower is frozen
+                run_backward(engine, carried)
     return losses, whole
 
 
@@ -118,23 +142,29 @@ class BadSteps:
     Such gradients reach every rank in the reduction, so every rank skips the same steps without asking.
     """
 
-    def __init__(self, limit: int, precision: str, world: World):
-        self.limit, self.precision, self.world = limit, precision, world
+    def __init__(self, limit: int, world: World):
+        self.limit, self.world = limit, world
         self.total = self.in_a_row = 0
 
     def check(
-        self, step: int, applied: bool, batch: Batch, losses: dict[str, Tensor], output: ModelOutput
+        self,
+        step: int,
+        applied: bool,
+        batch: Batch,
+        losses: dict[str, Tensor],
+        output: ModelOutput,
+        scale_could_fall: bool = False,
     ) -> list[str] | None:
         """Take note of a step; of a bad one, returns the keys of the samples to blame. Collective where it was not applied.
 
-        Raises GiveUp after `limit` bad steps in a row.
+        In fp16, `scale_could_fall` says that the loss scale was not at its least in this step. Raises GiveUp after `limit` bad steps in a row.
         """
         if applied:
             self.in_a_row = 0
             return None
         by_embedding, by_loss = zip(*self.world.gather_objects(find_bad_keys(batch, losses, output)), strict=True)
-        if self.precision == "fp16" and not any(by_loss):
-            return None  # the loss scale was too large; DeepSpeed has made it smaller
+        if scale_could_fall and not any(by_loss):
+            return None  # the loss scale was too large; DeepSpeed makes it smaller
         # One bad embedding spoils the losses of every rank that compares with it, so those tell less.
         found = by_embedding if any(by_embedding) else by_loss
         self.total += 1

@@ -124,3 +124,4 @@ class ModelOutput:
     masked_language: TokenPredictions | None = None  # masked tokens of the captions, likewise
     teacher: TeacherOutput | None = None  # for distillation
     momentum: MomentumOutput | None = None  # for the momentum loss
+    text_tokens: Tensor | None = None  # [B,L,D] as the fusion reads them

@@ -185,6 +185,17 @@ def one_reduction(engine: Any) -> Iterator[None]:
         engine.allreduce_gradients()
 
 
+def loss_scale(engine: Any) -> float:
+    """What `run_backward` multiplies a loss, and so all gradients, by: 1 but in fp16."""
+    return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else 1.0
+
+
+def run_backward(engine: Any, loss: Tensor) -> None:
+    """`engine.backward`, with the loss scale of fp16 at every stage: DeepSpeed 0.19 divides all gradients by it, but without
+    ZeRO does not multiply the loss."""
+    engine.backward(loss if engine.zero_optimization_stage() else loss * loss_scale(engine))
+
+
 def gradient_norm(engine: Any) -> float:
     """The global norm of the gradients that the next step would apply, before clipping. Collective.
 
@@ -193,7 +204,6 @@ def gradient_norm(engine: Any) -> float:
     from deepspeed.runtime.utils import combine_grad_norm_groups
 
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
-    scale = optimizer.cur_scale if engine.fp16_enabled() else 1.0
     if stage == 3:
         norm = float(combine_grad_norm_groups(optimizer._get_norm_groups()))
     elif stage:
@@ -201,7 +211,7 @@ def gradient_norm(engine: Any) -> float:
     else:
         gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(gradients))
-    return norm / scale if math.isfinite(norm) and norm >= 0 else math.inf  # DeepSpeed says -1 then
+    return norm / loss_scale(engine) if math.isfinite(norm) and norm >= 0 else math.inf  # DeepSpeed says -1 then
 
 
 def drop_gradients(engine: Any) -> None:
@@ -221,6 +231,18 @@ def drop_gradients(engine: Any) -> None:
         engine.zero_grad()
 
 
+def can_lower_loss_scale(engine: Any) -> bool:
+    """Whether gradients that overflow now can be met with a smaller loss scale: in fp16, until it is at its least."""
+    if not engine.fp16_enabled():
+        return False
+    optimizer = engine.optimizer
+    if engine.zero_optimization_stage():
+        least = optimizer.loss_scaler.min_scale
+    else:
+        least = optimizer.loss_scale_config.min_loss_scale
+    return loss_scale(engine) > least
+
+
 def apply_gradients(engine: Any) -> bool:
     """Update the weights, unless a gradient is not finite: then drop the gradients. Returns whether weights were updated.
 
@@ -238,6 +260,9 @@ def apply_gradients(engine: Any) -> bool:
     if overflow:
         drop_gradients(engine)
         return False
+    if stage and engine.fp16_enabled():
+        # Else DeepSpeed ends the process where the scale cannot fall. It came with the checkpoint, so it is told each time.
+        optimizer.loss_scaler.raise_error_at_min_scale = False
     engine.step()
     return engine.was_step_applied()
 

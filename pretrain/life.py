@@ -18,6 +18,7 @@ from data_tools.errors import UserError
 from data_tools.files import write_json_atomic
 from pretrain.checkpoint import Found, Saved, Saver, find_newest, set_aside
 from pretrain.contract import Batch
+from pretrain.data.loader import Batches
 from pretrain.engine import gradient_norm
 from pretrain.events import Events, RunLock, RunTaken, book, read_events
 from pretrain.signals import EXIT_GIVE_UP, EXIT_SAVED, SAVE, STOP, StopRequest, answered, asked
@@ -79,17 +80,19 @@ class Life:
                 "fallback", found.state["step"], **{"from": folder.name, "to": found.folder.name, "reason": problem}
             )
 
-    def asks(self) -> tuple[bool, bool]:
-        """Whether somebody asks to stop, and whether to save, agreed by all ranks at the end of a step. Collective.
+    def wait_for(self, batches: Batches, is_saved: bool) -> tuple[bool, bool]:
+        """Wait until every rank has its next batch, or somebody asks to stop, or to save what no checkpoint has: which of
+        these two it is. Collective; the only sum over the ranks that each step takes for this. Raises RunTaken."""
 
-        Raises RunTaken.
-        """
-        files = self.world.is_main
-        if files:
-            self.lock.check()
-        stop = self.stop.requested or (files and asked(self.run, STOP))
-        wanted = self.world.add([stop, files and asked(self.run, SAVE)])
-        return wanted[0] > 0, wanted[1] > 0
+        def ask() -> list[bool]:
+            files = self.world.is_main
+            if files:
+                self.lock.check()
+            stop = self.stop.requested or (files and asked(self.run, STOP))
+            return [stop, files and not is_saved and asked(self.run, SAVE)]
+
+        stop, save = batches.agree(ask)
+        return stop, save
 
     def judge(self, step: int, loss: Tensor, engine: Any) -> str:
         """Why the gradients of this step are out of proportion, or "". `loss` [] is this rank's. Collective with spikes."""

@@ -54,6 +54,11 @@ class LossConfig(ConfigModel):
         """The weight in step `step`, counted from 0."""
         return self.ramp.towards(self.weight, step) if self.ramp else self.weight
 
+    @property
+    def never_counts(self) -> bool:
+        """Whether the weight is 0 in every step: the loss is measured and trains nothing."""
+        return self.weight == 0 and (self.ramp is None or self.ramp.start == 0)
+
 
 class ContrastiveConfig(LossConfig):
     """Softmax cross-entropy over all texts for each image, and over all images for each text (InfoNCE, CLIP).
@@ -95,6 +100,12 @@ class DistillConfig(LossConfig):
     logits: float = pydantic.Field(default=1.0, ge=0)  # share of the divergence between the softmaxes
     cosine: float = pydantic.Field(default=0.0, ge=0)  # share of 1 - cosine to its embeddings, which need its embed_dim
     chunk: Count = 4096  # columns of similarities held at a time
+
+    @pydantic.model_validator(mode="after")
+    def check_shares(self) -> "DistillConfig":
+        if self.logits == self.cosine == 0:
+            raise ValueError("logits and cosine are both 0, so there is nothing to agree on: give one of them a share")
+        return self
 
 
 class MomentumConfig(ContrastiveConfig):

@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from data_tools.files import write_atomic
+from pretrain.world import WAITS
 
 
 class Metrics:
@@ -70,36 +71,52 @@ class Metrics:
 
 
 class Clock:
-    """Where the time of the steps goes, between one report and the next."""
+    """Where the time of this rank's steps goes, between one report and the next."""
 
     def __init__(self) -> None:
-        self.last_s = time.perf_counter()
+        self.last_s, self.waited_s = time.perf_counter(), WAITS.host_s
         self.restart()
 
     def restart(self) -> None:
-        self.steps, self.data_s, self.total_s = 0, 0.0, 0.0
+        self.steps, self.total_s = 0, 0.0
+        self.data_s = self.compute_s = self.wait_s = 0.0
+
+    def lap(self) -> tuple[float, float]:
+        """Seconds since the last call, and for how many of them the host has waited in collectives."""
+        now_s, host_s = time.perf_counter(), WAITS.host_s
+        passed_s, waited_s = now_s - self.last_s, host_s - self.waited_s
+        self.last_s, self.waited_s = now_s, host_s
+        return passed_s, waited_s
+
+    def data_wanted(self) -> None:
+        self.total_s += self.lap()[0]  # what is said and agreed between steps
 
     def data_ready(self) -> None:
-        now_s = time.perf_counter()
-        self.data_s += now_s - self.last_s
-        self.total_s += now_s - self.last_s
-        self.last_s = now_s
+        passed_s, waited_s = self.lap()
+        self.total_s += passed_s
+        self.data_s += passed_s - waited_s
+        self.wait_s += waited_s
 
     def step_done(self) -> None:
-        now_s = time.perf_counter()
-        self.total_s += now_s - self.last_s
-        self.last_s = now_s
+        passed_s, waited_s = self.lap()
+        waited_s += WAITS.take_stream_s()
+        self.total_s += passed_s
+        self.compute_s += passed_s - waited_s
+        self.wait_s += waited_s
         self.steps += 1
 
     def leave_out(self) -> None:
         """What was done since the last call belongs to no step."""
-        self.last_s = time.perf_counter()
+        self.lap()
 
     def rates(self, global_batch: int) -> dict[str, float]:
-        """Means since the last call: seconds a step, of which waiting for data, and samples a second over all ranks."""
-        step_s, data_s = self.total_s / self.steps, self.data_s / self.steps
+        """Means since the last call: seconds a step, of which this rank waited for data, computed, and waited in
+        collectives; and samples a second over all ranks."""
+        names = ("data_s", "compute_s", "wait_s")
+        rates = {f"time/{name}": getattr(self, name) / self.steps for name in names}
+        step_s = self.total_s / self.steps
         self.restart()
-        return {"time/step_s": step_s, "time/data_s": data_s, "rate/samples_per_s": global_batch / step_s}
+        return {"time/step_s": step_s, **rates, "rate/samples_per_s": global_batch / step_s}
 
 
 def step_of(line: bytes) -> float:

@@ -5,15 +5,16 @@ It is no part of the trained model: not in the optimizer, not sharded, not in ch
 Shape legend: B pairs, E the teacher's embedding, L text tokens, H/W pixels.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data_tools.errors import UserError, first_line
 from pretrain.config import ConfigError
 from pretrain.contract import Batch, TeacherOutput
 from pretrain.data.text import Tokenizer
@@ -22,12 +23,14 @@ from pretrain.export.open_clip import CONFIG as OPEN_CLIP_CONFIG
 from pretrain.export.open_clip import place_text_model
 from pretrain.losses import DistillConfig
 from pretrain.model.towers import unit
+from pretrain.model.warm_start import OPEN_CLIP_FILES, find_file
 from pretrain.torchvision_ops import prepare_torchvision
 
+LONG = 64  # tokens: more than any probe has
 PROBES = ["a", "a dog", "Red!", "1990's", "caf\u00e9", "left of two squares"]
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Teacher:
     """`teacher(batch)` gives its embeddings of the batch, without gradients."""
 
@@ -72,13 +75,18 @@ def build_teacher(
         raise ConfigError(
             f"losses.distill.teacher: {folder} is no export. Write one: python -m pretrain export --to open_clip or native"
         )
-    (own, mask), its = tokenizer(PROBES), teacher.tokenize(PROBES)
-    if own.shape[1] > its.shape[1]:
+    its = teacher.tokenize(PROBES)
+    length = its.shape[1]
+    if tokenizer.context_length > length:
         raise ConfigError(
-            f"losses.distill.teacher: it reads {its.shape[1]} tokens at most. Set model.text.context_length={its.shape[1]}"
+            f"losses.distill.teacher: it reads {length} tokens at most. Set model.text.context_length={length}"
         )
-    whole = ~mask[:, -1]  # the probes that are not cut
-    if not torch.equal(own[whole], its[whole, : own.shape[1]]):
+    # At the teacher's length, whatever the model's: few probes fit into a short one, or none.
+    own = dataclasses.replace(tokenizer, context_length=length)(PROBES)[0]
+    whole = (
+        dataclasses.replace(tokenizer, context_length=LONG)(PROBES)[1].sum(1) <= length
+    )  # the probes that are not cut
+    if not whole.any() or not torch.equal(own[whole], its[whole]):
         raise ConfigError(
             "losses.distill.teacher: it has another tokenizer than the model. Set model.tokenizer to the teacher's"
         )
@@ -108,7 +116,14 @@ def load_open_clip(folder: Path, device: torch.device, dtype: torch.dtype) -> Te
     prepare_torchvision()
     from open_clip import create_model_and_transforms, get_tokenizer
 
-    model, *_ = create_model_and_transforms(f"local-dir:{folder}", **place_text_model(folder))
+    find_file(folder, OPEN_CLIP_FILES)  # without weights, open_clip would give a teacher of random ones
+    try:
+        model, *_ = create_model_and_transforms(f"local-dir:{folder}", **place_text_model(folder))
+        tokenize = get_tokenizer(f"local-dir:{folder}")
+    except Exception as error:  # each broken file has its own in open_clip
+        raise UserError(
+            f"{folder}: open_clip cannot load it: {type(error).__name__}: {first_line(error)}. Export it again"
+        ) from None
     model = model.eval().requires_grad_(False)
     scale = model.logit_scale.exp().item()
     model = model.to(device, dtype)
@@ -122,6 +137,6 @@ def load_open_clip(folder: Path, device: torch.device, dtype: torch.dtype) -> Te
         size[0] if isinstance(size, tuple | list) else size,
         lambda pixels: model.encode_image(((pixels - mean) / std).to(dtype)),
         lambda ids, mask: model.encode_text(ids),  # which finds its padding by its id
-        get_tokenizer(f"local-dir:{folder}"),
+        tokenize,
         scale,
     )

@@ -3,14 +3,7 @@
 python -m pretrain train configs/demo.yaml [key=value ...]
 """
 
-import importlib.metadata
 import logging
-import platform
-import shlex
-import shutil
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,11 +12,10 @@ import pydantic
 import torch
 
 from data_tools.errors import UserError
-from data_tools.files import write_atomic, write_json_atomic
-from pretrain import __version__, checkpoint
+from pretrain import checkpoint
 from pretrain.accumulate import BadSteps, compute_gradients
 from pretrain.checkpoint import CheckpointConfig, Saver
-from pretrain.config import ConfigError, ConfigModel, load_config, render_config
+from pretrain.config import ConfigError, ConfigModel, load_config
 from pretrain.contract import Batch, TeacherOutput
 from pretrain.data.loader import DataConfig, Loader, open_loader
 from pretrain.data.text import Tokenizer, build_tokenizer
@@ -32,6 +24,7 @@ from pretrain.engine import (
     EngineConfig,
     apply_gradients,
     build_engine,
+    can_lower_loss_scale,
     drop_gradients,
     import_deepspeed,
     learning_rate,
@@ -40,14 +33,16 @@ from pretrain.engine import (
 from pretrain.events import RunTaken, lock_run
 from pretrain.flops import count_flops, peak_tflops, utilisation
 from pretrain.life import Life, all_keys
-from pretrain.losses import LOSSES, LossesConfig
+from pretrain.losses import LOSSES, PAIR_LOSSES, LossesConfig
 from pretrain.metrics import Clock, Metrics, peak_memory_gib
-from pretrain.model.model import ModelConfig, build_model
+from pretrain.model.model import ModelConfig, build_model, check_towers
 from pretrain.model.warm_start import warm_start
 from pretrain.momentum import Momentum
+from pretrain.provenance import describe_run, versions
 from pretrain.randomness import seed_torch
 from pretrain.signals import EXIT_RESTART
 from pretrain.spikes import GiveUp, SpikesConfig
+from pretrain.stragglers import Stragglers
 from pretrain.watch import WatchConfig
 from pretrain.world import World
 
@@ -118,6 +113,17 @@ class RunConfig(ConfigModel):
             raise ValueError("model.init_logit_bias would not be trained: set losses.sigmoid, or leave it out")
         if not any(getattr(self.losses, name) for name in LOSSES):
             raise ValueError(f"losses: all are off; set one of {', '.join(LOSSES)}")
+        active = {name: loss for name in LOSSES if (loss := getattr(self.losses, name))}
+        if all(loss.never_counts for loss in active.values()):
+            raise ValueError(
+                f"losses: the weight of {' and '.join(active)} is 0 in every step; nothing would be trained"
+            )
+        for name in PAIR_LOSSES:
+            if name in active and active[name].never_counts:
+                raise ValueError(
+                    f"losses.{name}.weight is 0 in every step, so its head would not be trained: give it a weight, or set "
+                    f"losses.{name}=null and leave the head out"
+                )
         return self
 
 
@@ -144,11 +150,13 @@ def train_steps(config: RunConfig, life: Life, world: World) -> int:
     import_deepspeed()  # before transformers does, which would not keep its linker quiet
     tokenizer = build_tokenizer(config.model.tokenizer, config.model.text.context_length)
     image_size, batch_size = config.model.image.image_size, config.train.batch_size
-    loader = open_loader(config.data, tokenizer, image_size, batch_size, config.seed, world)
+    record = Path(config.run) / "data"
+    loader = open_loader(config.data, tokenizer, image_size, batch_size, config.seed, world, record)
     newest = find_checkpoint(config, world)
     model = build_model(config.model, tokenizer, config.seed, world).train()
     micro_batch_size = fit_micro_batch(config.train, newest, world)
     check_micro_batches(model, micro_batch_size, batch_size // world.size)
+    check_towers(model)
     teacher = load_teacher(config, tokenizer, world)
     if not newest:
         warm_start(model, config.model.warm_start, world)
@@ -169,20 +177,38 @@ def train_steps(config: RunConfig, life: Life, world: World) -> int:
     del extra  # as large as the towers
     steps = config.train.steps(loader.supply.epoch_samples)
     if world.is_main:
-        describe_run(config)
+        describe_run(config.run, config)
+        loader.supply.put_on_record(record)
         samples = "a stream" if loader.supply.epoch_samples is None else f"{loader.supply.epoch_samples:,} samples"
         log.info("%s: %s, %s, step %d of %d", config.run, size_of(engine), samples, step, steps)
 
-    clock = Clock()
+    clock, stragglers = Clock(), Stragglers(life.watch, life.note, world)
     metrics = Metrics(config.run, step, steps, enabled=world.is_main)
-    bad_steps = BadSteps(config.train.max_bad_steps, config.engine.precision, world)
+    bad_steps = BadSteps(config.train.max_bad_steps, world)
     saver = Saver(engine, config.run, config.checkpoint, world, life.saved, life.lock.check)
     batches = iter(loader)
     life.start(step, steps, newest)
-    stopping, saving = life.asks()
+    saved_step = step  # of a checkpoint, or of a beginning that needs none
+
+    def save() -> None:
+        nonlocal saved_step
+        life.watch.enter("save", step)
+        beside = (momentum.state() if momentum else {}) | (ema.state() if ema else {})
+        saver.save(step, run_state(config, loader, life, step, world), beside)
+        saved_step = step
+        clock.leave_out()
+
     try:
-        while step < steps and not stopping:
+        while step < steps:
             life.watch.enter("data", step)
+            clock.data_wanted()
+            stopping, saving = life.wait_for(batches, is_saved=step == saved_step)
+            if (stopping or saving) and step != saved_step:
+                save()
+            if stopping:
+                break
+            if saving:
+                continue
             batch = next(batches).to(world.device)
             clock.data_ready()
             life.watch.enter("step", step)
@@ -198,6 +224,7 @@ def train_steps(config: RunConfig, life: Life, world: World) -> int:
                     life.roll_back(step + 1, target, spike, batch)
                     batches.close()
                     step, extra = restore(engine, loader, life, target, identity)
+                    saved_step = step
                     momentum, ema = build_momentum(extra), build_ema(extra)
                     del extra
                     batches, metrics = iter(loader), metrics.go_back(step)
@@ -207,32 +234,30 @@ def train_steps(config: RunConfig, life: Life, world: World) -> int:
                     drop_gradients(engine)
                     life.skip(step + 1, spike, all_keys(batch, world))
                 else:
+                    scale_could_fall = can_lower_loss_scale(engine)
                     applied = apply_gradients(engine)
                     if momentum and applied:
                         momentum.follow(output.momentum, step)
                     if ema and applied:
                         ema.follow()
-                    bad_keys = bad_steps.check(step + 1, applied, batch, losses, output)
+                    bad_keys = bad_steps.check(step + 1, applied, batch, losses, output, scale_could_fall)
                     if bad_keys is not None:
                         life.skip(step + 1, "loss or gradients not finite", bad_keys)
             step += 1
             clock.step_done()
             loader.close_epochs()
             metrics.step_done()
-            stopping, saving = life.asks()
             if trained and (step % config.train.log_every_steps == 0 or step in (1, steps)):
                 values = measure(engine, losses, loader, bad_steps, world) | clock.rates(batch_size)
+                values |= stragglers.report(step, values)
                 if peak:
                     values |= utilisation(flops, values["rate/samples_per_s"], peak, world)
                 metrics.log(step, values)
-            if step % config.checkpoint.every_steps == 0 or step == steps or stopping or saving:
-                life.watch.enter("save", step)
-                beside = (momentum.state() if momentum else {}) | (ema.state() if ema else {})
-                saver.save(step, run_state(config, loader, life, step, world), beside)
-                del beside
-                clock.leave_out()
+            if step % config.checkpoint.every_steps == 0 or step == steps:
+                save()
             else:
                 saver.poll()
+        life.watch.enter("save", step)
         saver.close()
     finally:  # also where a step fails: else what is under way would be finished before the process ends
         batches.close()
@@ -272,15 +297,11 @@ def check_micro_batches(model: torch.nn.Module, size: int | None, rows: int) -> 
         raise ConfigError(
             f"train.micro_batch_size: {size} does not divide the {rows} pairs of a rank. Choose a divisor"
         )
-    if any(type(module).__name__.endswith("DropPath") and module.drop_prob for module in model.modules()):
-        raise ConfigError(
-            "train.micro_batch_size: this model drops whole branches (drop_path_rate) by a generator that cannot be replayed "
-            "in the second pass. Leave one of the two out"
-        )
-    if any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
+    if any(norm.training for norm in norms):  # one that is frozen normalises each sample by what it knows
         raise ConfigError(
             "train.micro_batch_size: this model has batch normalisation, whose statistics are of what is computed at once. "
-            "Leave it out, or choose an image tower without, such as kind: vit"
+            "Leave it out, freeze the tower (model.freeze), or choose an image tower without, such as kind: vit"
         )
 
 
@@ -354,37 +375,6 @@ def run_state(config: RunConfig, loader: Loader, life: Life, step: int, world: W
         "config": config.model_dump(),
         "versions": versions(),
     }
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on, and the code's git revision where there is one."""
-    found = {
-        name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "transformers", "open_clip_torch")
-    }
-    return found | {
-        "python": platform.python_version(),
-        "pretrain": __version__,
-        "code_revision": git("rev-parse", "HEAD").strip(),
-    }
-
-
-def git(*arguments: str) -> str:
-    """What git says of this package's code; "" where it is installed without."""
-    if not shutil.which("git"):
-        return ""
-    command = ["git", "-C", str(Path(__file__).parent), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
-
-
-def describe_run(config: RunConfig) -> None:
-    """Leave in the run folder what is needed to understand and repeat it."""
-    run = Path(config.run)
-    run.mkdir(parents=True, exist_ok=True)
-    write_atomic(run / "config.yaml", render_config(config).encode())
-    with open(run / "commands.txt", "a", encoding="utf-8") as file:
-        file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S %z')} {shlex.join(sys.argv)}\n")
-    write_json_atomic(run / "versions.json", versions())
-    write_atomic(run / "code.patch", git("diff", "HEAD", "--", ".").encode())
 
 
 def load_run_config(run: str | Path) -> RunConfig:

@@ -28,8 +28,13 @@ from pretrain.world import World
 POLL_S = 0.25
 PROGRESS_S = 1.0
 ANSWER_S = 4.0  # for the other ranks to write their stacks
+# A file system is shared by all ranks: with more than these, each writes and looks less often, but for rank 0, whose sign of
+# life tells where the run was, and often enough to answer in time.
+RANKS_A_SECOND = 100
+MOST_PROGRESS_S, MOST_LOOK_S = 10.0, 2.0
 PACKAGE = str(Path(__file__).parent) + os.sep
 # Code that waits for other ranks. torch's own files call into it from everywhere else.
+COUNTED_WAIT = "counted_wait"  # of `Waits`, in which each of them ends, also those that are called from here
 COLLECTIVES = (f"{os.sep}torch{os.sep}distributed{os.sep}", f"{os.sep}deepspeed{os.sep}comm{os.sep}")
 
 
@@ -40,6 +45,7 @@ class WatchConfig(ConfigModel):
     least_s: Ratio = 60.0  # but no sooner
     start_s: Ratio = 1800.0  # for the first step, in which things are compiled and caches filled
     save_s: Ratio = 3600.0  # for a checkpoint or an evaluation
+    straggler_share: Ratio = 0.2  # a rank that is slower than the median by more, three reports running, is named
 
 
 class Facts(NamedTuple):
@@ -64,7 +70,11 @@ class Watch:
         self.host, self.main = socket.gethostname(), threading.main_thread().ident
         self.phase, self.step, self.since_s, self.since_time = "start", 0, time.monotonic(), time.time()
         self.step_s: deque[float] = deque(maxlen=101)  # the last steps' times
+        self.pace: dict[str, float] = {}  # where a step's time goes on this rank, by the last report
         self.last_step_s: float | None = None
+        share = world.size / RANKS_A_SECOND
+        self.progress_s = PROGRESS_S if world.is_main else min(MOST_PROGRESS_S, max(PROGRESS_S, share))
+        self.look_s = min(MOST_LOOK_S, max(POLL_S, share / 4))
         self.closed = threading.Event()
         self.thread = threading.Thread(target=self.watch, name="watch", daemon=True)
 
@@ -77,6 +87,7 @@ class Watch:
         self.closed.set()
         if self.thread.ident is not None:
             self.thread.join()
+            self.write_progress()
 
     def enter(self, phase: str, step: int) -> None:
         """Say what is done now, `step` steps being done."""
@@ -98,15 +109,19 @@ class Watch:
         return max(self.config.least_s, self.config.factor * statistics.median(self.step_s))
 
     def watch(self) -> None:
-        written_s = -PROGRESS_S
+        written_s = looked_s = float("-inf")
         while not self.closed.wait(POLL_S):
             now_s = time.monotonic()
-            if now_s - written_s >= PROGRESS_S:
+            if now_s - written_s >= self.progress_s:
                 written_s = now_s
                 self.leave_if_taken()
                 self.write_progress()
-            if now_s - self.since_s > self.limit_s() or self.reports().exists():
+            if now_s - self.since_s > self.limit_s():
                 self.end()
+            if now_s - looked_s >= self.look_s:
+                looked_s = now_s
+                if self.reports().exists():
+                    self.end()
 
     def leave_if_taken(self) -> None:
         """End the process where another life has the folder: this one was frozen or cut off, and its ranks are gone."""
@@ -119,7 +134,7 @@ class Watch:
     def write_progress(self) -> None:
         path = self.run / "progress" / f"rank-{self.rank:05d}.json"
         facts = {"time": time.time(), "rank": self.rank, "host": self.host, "pid": os.getpid(), "step": self.step}
-        facts |= {"phase": self.phase, "since": self.since_time}
+        facts |= {"phase": self.phase, "since": self.since_time, **self.pace}
         try:
             temporary = path.with_suffix(".tmp")
             temporary.write_text(json.dumps(facts))
@@ -187,8 +202,8 @@ class Watch:
 def describe(frame: FrameType) -> tuple[bool, str, list[int]]:
     """Of a thread's stack: whether it waits in a collective, its innermost place in this package, and the lines there."""
     stack = traceback.extract_stack(frame)
-    waits = any(part in entry.filename for entry in stack for part in COLLECTIVES)
-    ours = [entry for entry in stack if entry.filename.startswith(PACKAGE)]
+    waits = any(part in entry.filename for entry in stack for part in COLLECTIVES) or stack[-1].name == COUNTED_WAIT
+    ours = [entry for entry in stack if entry.filename.startswith(PACKAGE) and entry.name != COUNTED_WAIT]
     place = f"{Path(ours[-1].filename).name}:{ours[-1].lineno} {ours[-1].name}" if ours else "outside the package"
     names = [entry.name for entry in ours]
     loop = names.index("train") if "train" in names else 0

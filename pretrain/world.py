@@ -3,7 +3,12 @@
 Shape legend: B rows per rank, W ranks, G = B x W.
 """
 
+import contextlib
+import functools
 import os
+import time
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -16,6 +21,59 @@ from pretrain.config import ConfigError
 # torch 2.13 renamed these two and warns at every call of the old names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+class Waits:
+    """For how long this process has waited in collectives: for ranks that come later, and for what is sent.
+
+    With gloo the host waits, and all that wait is counted, DeepSpeed's collectives too. With NCCL the GPU's stream waits
+    while the host goes on; there the collectives of `World` are counted.
+    """
+
+    def __init__(self) -> None:
+        self.host_s = 0.0
+        self.on_stream: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = (
+            deque()
+        )  # begin and end of each, not yet counted
+
+    def count_host(self) -> None:
+        """Count from now on. torch has no hook for it, but all its collectives end in `Work.wait`."""
+        plain_wait = dist.Work.wait
+        if hasattr(plain_wait, "__wrapped__"):
+            return
+
+        @functools.wraps(plain_wait)
+        def counted_wait(work: dist.Work, *arguments: object) -> bool:
+            begun_s = time.perf_counter()
+            try:
+                return plain_wait(work, *arguments)
+            finally:
+                self.host_s += time.perf_counter() - begun_s
+
+        dist.Work.wait = counted_wait
+
+    @contextlib.contextmanager
+    def counted(self, device: torch.device) -> Iterator[None]:
+        """The block is a collective on tensors of this device."""
+        if device.type != "cuda":  # counted already
+            yield
+            return
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        yield
+        end.record()
+        self.on_stream.append((begin, end))
+
+    def take_stream_s(self) -> float:
+        """Seconds that the GPU's stream has waited since the last call, as far as it has come."""
+        taken_s = 0.0
+        while self.on_stream and self.on_stream[0][1].query():
+            begin, end = self.on_stream.popleft()
+            taken_s += begin.elapsed_time(end) / 1000
+        return taken_s
+
+
+WAITS = Waits()  # of the process, as its process groups are
 
 
 @dataclass(frozen=True)
@@ -57,15 +115,17 @@ class World:
         received = [torch.empty_like(x) for x in tensors]
         sends = [dist.P2POp(dist.isend, x.contiguous(), after) for x in tensors]
         receives = [dist.P2POp(dist.irecv, x, before) for x in received]
-        for work in dist.batch_isend_irecv([*sends, *receives]):
-            work.wait()
+        with WAITS.counted(self.device):
+            for work in dist.batch_isend_irecv([*sends, *receives]):
+                work.wait()
         return received
 
     def mean(self, x: Tensor) -> Tensor:
         """The mean over ranks, without gradient: for metrics."""
         x = x.detach().clone()
         if self.size > 1:
-            dist.all_reduce(x)
+            with WAITS.counted(x.device):
+                dist.all_reduce(x)
         return x / self.size
 
     def any(self, flag: bool) -> bool:
@@ -78,6 +138,15 @@ class World:
         if self.size > 1:
             dist.all_reduce(sums, group=self.host_group)
         return sums.tolist()
+
+    def gather_numbers(self, numbers: list[int]) -> list[list[int]]:
+        """Every rank's whole numbers, equally many each, in rank order."""
+        if self.size == 1:
+            return [numbers]
+        own = torch.tensor(numbers, dtype=torch.int64)
+        gathered = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(gathered, own, group=self.host_group)
+        return [part.tolist() for part in gathered]
 
     def share(self, value: object) -> object:
         """Rank 0's value on every rank."""
@@ -105,14 +174,16 @@ class _AllGather(torch.autograd.Function):
     def forward(ctx, x: Tensor, world: World) -> Tensor:
         ctx.world = world
         gathered = x.new_empty((world.size * x.shape[0], *x.shape[1:]))
-        _all_gather(gathered, x.contiguous())
+        with WAITS.counted(x.device):
+            _all_gather(gathered, x.contiguous())
         return gathered
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         # Every rank used every row: a row's gradient is the sum of what all ranks say of it.
         own = grad.new_empty((grad.shape[0] // ctx.world.size, *grad.shape[1:]))
-        _reduce_scatter(own, grad.contiguous())
+        with WAITS.counted(grad.device):
+            _reduce_scatter(own, grad.contiguous())
         return own, None
 
 
@@ -120,13 +191,15 @@ class _AllReduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
         x = x.clone()
-        dist.all_reduce(x)
+        with WAITS.counted(x.device):
+            dist.all_reduce(x)
         return x
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
         grad = grad.contiguous().clone()
-        dist.all_reduce(grad)
+        with WAITS.counted(grad.device):
+            dist.all_reduce(grad)
         return grad
 
 
@@ -164,6 +237,7 @@ def connect(timeout_s: int = 600) -> World:
             )
         store = None if "TORCHELASTIC_USE_AGENT_STORE" in os.environ else meet(rank, size, timeout_s)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s))
+    WAITS.count_host()
     host_group = dist.new_group(backend="gloo") if size > 1 and device.type == "cuda" else None
     return World(rank, size, local_rank, device, host_group)
 

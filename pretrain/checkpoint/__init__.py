@@ -29,7 +29,7 @@ from data_tools.files import hash_file, sync_folder, write_json_atomic
 from pretrain.checkpoint import elastic
 from pretrain.checkpoint.mirror import STATE, Mirror, fetch_newest
 from pretrain.config import ConfigModel, Count
-from pretrain.engine import unsharded_masters
+from pretrain.engine import loss_scale, unsharded_masters
 from pretrain.world import World
 
 log = logging.getLogger(__name__)
@@ -171,8 +171,11 @@ def load_weights(
     raise UserError(f"{run}: none of its {len(found)} checkpoints is whole. Start a new run folder: run=...")
 
 
-def gather_weights(engine: Any) -> dict[str, Tensor]:
-    """Every parameter and buffer of the model in fp32, on the CPU, whole on every rank. Collective."""
+def gather_weights(engine: Any, keep: bool = True) -> dict[str, Tensor]:
+    """Every parameter and buffer of the model in fp32, on the CPU and whole; {} where this rank does not `keep` them.
+
+    Collective.
+    """
     from deepspeed.runtime.zero import GatheredParameters
     from deepspeed.utils import safe_get_full_fp32_param
 
@@ -181,10 +184,15 @@ def gather_weights(engine: Any) -> dict[str, Tensor]:
     for name, parameter in engine.module.named_parameters():
         sharded = hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
         if sharded and parameter.requires_grad:
-            weights[name] = copy_to_cpu(safe_get_full_fp32_param(parameter))
+            whole = safe_get_full_fp32_param(parameter)
+            if keep:
+                weights[name] = copy_to_cpu(whole)
         else:
             with GatheredParameters([parameter], enabled=sharded):  # ZeRO-3 shards frozen ones too, without fp32 copies
-                weights[name] = copy_to_cpu(exact.get(parameter, parameter))
+                if keep:
+                    weights[name] = copy_to_cpu(exact.get(parameter, parameter))
+    if not keep:
+        return {}
     persistent = set(engine.module.state_dict(keep_vars=True)) - set(weights)
     weights |= {name: b.detach().cpu().clone() for name, b in engine.module.named_buffers() if name in persistent}
     return weights
@@ -241,7 +249,7 @@ class Saver:
                 (self.staging / DEEPSPEED_TAG).mkdir(parents=True)
         with all_or_none(first, self.world):
             written = write_shards(self.engine, first)
-        weights = gather_weights(self.engine)
+        weights = gather_weights(self.engine, keep=self.world.is_main)  # not once for each GPU of a node
         with all_or_none(first, self.world):
             if self.world.is_main:
                 for name, tensors in {WEIGHTS: weights, EXTRA: extra}.items():
@@ -251,7 +259,7 @@ class Saver:
         state = {
             **state,
             "optimized": elastic.optimized_names(self.engine),
-            "loss_scale": elastic.loss_scale(self.engine),
+            "loss_scale": loss_scale(self.engine) if self.engine.fp16_enabled() else None,
         }
         names = [str(path.relative_to(first)) for path in written]
         self.pending = Pending(step, state, temporary, names, self.staging)

@@ -77,11 +77,6 @@ def restore(engine: Any, folder: Path, weights: Path, state: dict[str, Any]) -> 
         scaler.cur_scale = scale
 
 
-def loss_scale(engine: Any) -> float | None:
-    """The loss scale of an engine in fp16, to be put into state.json."""
-    return float(engine.optimizer.cur_scale) if engine.fp16_enabled() else None
-
-
 def optimized_names(engine: Any) -> list[str]:
     """Without ZeRO: names of the trained parameters in the optimiser's order, by which its saved state numbers them."""
     if engine.zero_optimization_stage():

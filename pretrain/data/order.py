@@ -47,10 +47,6 @@ class Places:
     shard: np.ndarray
     place: np.ndarray
 
-    def where(self, chosen: np.ndarray) -> "Places":
-        """Those of the positions where `chosen` [n] bool is True."""
-        return Places(self.dataset[chosen], self.epoch[chosen], self.shard[chosen], self.place[chosen])
-
 
 def build_order(
     counts: Sequence[np.ndarray],

@@ -1,12 +1,17 @@
 """Opens what `data.path` names: a dataset or view with a manifest, or tars of others, local or behind a URL.
 
 Tars without a manifest are indexed once: their headers are read and the indexes kept in the cache folder, under a name
-that changes when a tar is replaced. One process of a machine does it, the others wait and find it done.
+that changes when a tar is replaced. One process of a machine does it, the others wait and find it done. Indexes of tars that
+have been replaced, or have not been used for long, are removed when others are made.
 """
 
 import contextlib
+import fcntl
 import hashlib
 import logging
+import os
+import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +26,10 @@ log = logging.getLogger(__name__)
 _STREAM_PREFIX = "pipe:"
 _FEW_TARS = 16
 """So many are indexed by this process: to start others takes seconds."""
+_KEPT_INDEXES = 2
+_INDEX_UNUSED_DAYS = 90
+_held: dict[Path, int] = {}
+"""Descriptors with a shared lock on the folders of indexes that this process uses."""
 
 
 def is_stream(path: str) -> bool:
@@ -45,9 +54,11 @@ def load_dataset(path: str, cache: CacheConfig) -> Manifest:
     return _index_once(path, cache) if is_foreign else Manifest.load(folder)
 
 
-def open_reader(manifest: Manifest, cache: CacheConfig) -> ShardReader:
+def open_reader(manifest: Manifest, cache: CacheConfig, max_open_shards: int = 512) -> ShardReader:
     """Reads local shards in place, remote ones through the cache. To be closed."""
-    return CachedReader(manifest, cache) if isinstance(manifest.tars, RemoteFolder) else ShardReader(manifest)
+    if isinstance(manifest.tars, RemoteFolder):
+        return CachedReader(manifest, cache, max_open_shards)
+    return ShardReader(manifest, max_open_shards)
 
 
 def _open_folder(path: str, cache: CacheConfig) -> Folder:
@@ -68,11 +79,14 @@ def _index_once(path: str, cache: CacheConfig) -> Manifest:
         ) from None
     with _lock(of_path, path):
         if target.size(MANIFEST_NAME) is not None:
+            _hold(target.path)
             return Manifest.load(target)
         # Of a level that is shown: this may take long, and a job's output is no terminal with a progress bar.
         log.warning("%s: reading the headers of %d tars, once", path, len(names))
         processes = None if len(names) > _FEW_TARS else 1
         manifest, facts = index_folder(folder, names, target, prefix_keys=None, processes=processes)
+        _hold(target.path)
+        remove_old_indexes(cache.locate() / "indexes")
     if facts["duplicate_keys"]:
         log.warning(
             "%s: %d samples have the key of another (such as %s), so every key gets its tar's name before it",
@@ -82,6 +96,37 @@ def _index_once(path: str, cache: CacheConfig) -> Manifest:
         )
     log.warning("%s: %d samples in %d tars", path, manifest.samples, len(names))
     return manifest
+
+
+def _hold(folder: Path) -> None:
+    """Keep a folder of indexes from being removed as long as this process runs, and note that it has been used."""
+    if folder not in _held:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+        with contextlib.suppress(OSError):  # of a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        _held[folder] = descriptor
+    os.utime(folder)
+
+
+def remove_old_indexes(indexes: Path) -> None:
+    """Remove the folders of indexes that no process uses: all but the _KEPT_INDEXES used last of each pattern of tars, and those
+    unused for _INDEX_UNUSED_DAYS."""
+    oldest_s = time.time() - 86_400 * _INDEX_UNUSED_DAYS
+    for of_path in indexes.iterdir():
+        with contextlib.suppress(OSError):  # another process may remove them, too
+            used = sorted(((folder.stat().st_mtime, folder) for folder in of_path.iterdir()), reverse=True)
+            old = [
+                folder for number, (used_s, folder) in enumerate(used) if number >= _KEPT_INDEXES or used_s < oldest_s
+            ]
+            for folder in old:
+                descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(folder, ignore_errors=True)
+                except OSError:  # it is in use, or nobody can tell
+                    pass
+                finally:
+                    os.close(descriptor)
 
 
 @contextlib.contextmanager

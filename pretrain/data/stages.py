@@ -101,7 +101,7 @@ def _apply(stage: StageConfig, function: Callable[[dict[str, Any]], Any], raw: R
             f"data.stages: {stage.name} returned {type(result).__name__}; a map returns the sample, or None"
         )
     fields = {name: _encode(stage, name, value) for name, value in result.items() if not name.startswith("__")}
-    return RawSample(result.get("__key__", raw.key), raw.shard, fields)
+    return RawSample(result.get("__key__", raw.key), raw.shard, fields, raw.origin)
 
 
 def _encode(stage: StageConfig, name: str, value: Any) -> bytes:

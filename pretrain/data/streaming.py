@@ -42,6 +42,13 @@ _END_WAIT_S = 5.0
 _GOOD_CODES = (0, -signal.SIGPIPE, 128 + signal.SIGPIPE)
 """How a command ends that has written all, or has been read to the archive's end and no further."""
 
+_GUARD = "exec 3<&0 </dev/null; ( (read -r _ <&3; kill -s KILL 0) >/dev/null 2>&1 & ); exec 3<&-\n"
+"""Goes before each command: a shell that waits for the end of a pipe which nobody writes to. It comes when this process is
+gone, however it went, and the shell then ends all of the command's process group. (Linux's signal at a parent's death would
+reach the command's shell alone, and not what that has started; and to ask for it takes Python code between fork and exec,
+which is not safe among threads.)
+"""
+
 _DAMAGED = (OSError, EOFError, tarfile.TarError, ValueError, zlib.error, lzma.LZMAError)
 
 
@@ -184,13 +191,20 @@ class StreamReader:
         with self._lock:
             if self._stopped.is_set():
                 raise _Stopped
-            command = subprocess.Popen(
-                url.removeprefix("pipe:"),
-                shell=True,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                start_new_session=True,
-            )
+            guard, alive = os.pipe()
+            try:
+                command = subprocess.Popen(
+                    _GUARD + url.removeprefix("pipe:"),
+                    shell=True,
+                    stdin=guard,
+                    stdout=subprocess.PIPE,
+                    start_new_session=True,
+                )
+            except BaseException:
+                os.close(alive)
+                raise
+            finally:
+                os.close(guard)
             self._commands.add(command)
         try:
             yield io.BufferedReader(_Output(command, self._config.timeout_s), _READ_BYTES)
@@ -198,6 +212,7 @@ class StreamReader:
             with self._lock:
                 self._commands.discard(command)
                 _kill({command})
+            os.close(alive)
             command.stdout.close()
             command.wait()
 

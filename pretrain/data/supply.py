@@ -4,21 +4,25 @@
 that failed, one in its stead.
 """
 
+import resource
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import lcm
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from data_tools.files import RemoteFolder
 from data_tools.shards import RawSample, ShardError, ShardReader
 from pretrain.config import ConfigError
 from pretrain.data.cache import ReaderClosed
 from pretrain.data.decode import BadSample
 from pretrain.data.ledger import Ledger
 from pretrain.data.order import Places, build_order
+from pretrain.data.record import explain_changes, write_datasets
 from pretrain.data.sources import is_stream, load_dataset, open_reader
 from pretrain.data.streaming import StreamReader
 
@@ -29,6 +33,10 @@ BAD_READS = (ShardError, BadSample)
 """What is wrong with one sample; anything else ends the run."""
 
 LOOK_AHEAD_SAMPLES = 16_384  # of a rank: the shards that a reader which fetches them is told of in advance
+
+LEAST_OPEN_SHARDS = 512
+INDEX_BYTES = 256 * 2**20  # of a rank, for the indexes of open shards
+OTHER_FILES = 1024  # that a rank may need for anything else
 
 
 @dataclass(frozen=True)
@@ -49,11 +57,17 @@ class Supply(Protocol):
     origins: list[int]  # the first dataset with the same tars: of views of one dataset, the same; keys are unique in it
     epoch_samples: int | None  # positions of an epoch: of a blend, of all its datasets together; of a stream, unknown
     ledger: Ledger | None
+    can_stall: bool  # whether a read may wait for a store or a command, without end
 
     def describe(self) -> dict[str, Any]: ...
+    def explain_changes(self, then: dict[str, Any], record: Path | None) -> str: ...
+    def put_on_record(self, record: Path) -> None: ...
+    def count(self, position: int) -> list[int]: ...
     def open(self, position: int, under_way: int) -> None: ...
     def draw(self, positions: np.ndarray) -> Draw: ...
     def read(self, draw: Draw, row: int, attempt: int) -> RawSample: ...
+    def origin(self, draw: Draw, row: int) -> tuple[int, int]: ...
+    def locate(self, draw: Draw, row: int) -> dict[str, Any]: ...
     def close(self) -> None: ...
 
 
@@ -82,7 +96,9 @@ class IndexedSupply:
         check_batch(global_batch, self.names, samples, weights)
         counts = [manifest.counts for manifest in self.manifests]
         self.order = build_order(counts, weights, seed, global_batch, config.window_samples)
-        self.ledger = Ledger(self.order, self.names, self._fingerprints)
+        places = [manifest.places if manifest.selection else None for manifest in self.manifests]
+        self.ledger = Ledger(self.order, self.names, self._fingerprints, places)
+        self.can_stall = any(isinstance(manifest.tars, RemoteFolder) for manifest in self.manifests)
         passes = [Fraction(str(entry.epochs or 1)) for entry in entries]
         self.epoch_samples = round(sum(times * own for times, own in zip(passes, samples, strict=True)))
         self._cache, self._global_batch = config.cache, global_batch
@@ -94,8 +110,22 @@ class IndexedSupply:
         """What the order of samples depends on."""
         return {"datasets": self._fingerprints, **self.order.describe()}
 
+    def explain_changes(self, then: dict[str, Any], record: Path | None) -> str:
+        """How the datasets differ from those of what `describe` gave `then`, in one line; "" if they do not."""
+        return explain_changes(record, then.get("datasets", []), self.names, self.manifests)
+
+    def put_on_record(self, record: Path) -> None:
+        """Leave there what `explain_changes` compares with."""
+        write_datasets(record, self.names, self.manifests)
+
+    def count(self, position: int) -> list[int]:
+        """Samples of each dataset before `position`."""
+        return self.order.count(position).tolist()
+
     def open(self, position: int, under_way: int) -> None:
-        self._readers = [open_reader(manifest, self._cache) for manifest in self.manifests]
+        limits = share_open_files([manifest.counts for manifest in self.manifests])
+        opened = zip(self.manifests, limits, strict=True)
+        self._readers = [open_reader(manifest, self._cache, most) for manifest, most in opened]
         self._under_way, self._announced = under_way, -1
 
     def draw(self, positions: np.ndarray) -> Draw:
@@ -111,6 +141,16 @@ class IndexedSupply:
         if attempt:
             shard, place = self.order.replacement(int(draw.positions[row]), dataset, attempt)
         return self._readers[dataset].read_selected(shard, place)
+
+    def origin(self, draw: Draw, row: int) -> tuple[int, int]:
+        """Where the sample of a row is to be read: number of the shard, place in its tar."""
+        dataset, shard, place = (int(part[row]) for part in (draw.places.dataset, draw.places.shard, draw.places.place))
+        return shard, int(self.manifests[dataset].places(shard)[place])
+
+    def locate(self, draw: Draw, row: int) -> dict[str, Any]:
+        """The same by name, as quarantine.json has it."""
+        dataset, (shard, place) = int(draw.places.dataset[row]), self.origin(draw, row)
+        return {"dataset": self.names[dataset], "shard": self.manifests[dataset].shards[shard].name, "place": place}
 
     def close(self) -> None:
         for reader in self._readers:
@@ -138,12 +178,22 @@ class StreamSupply:
 
     def __init__(self, config: "DataConfig", seed: int, rank: int) -> None:
         self.names, self.origins, self.ledger, self.epoch_samples = [config.path], [0], None, None
+        self.can_stall = True
         self._config, self._seed, self._rank = config.stream, seed, rank
         self._lock = threading.Lock()
         self._failure: Exception | None = None  # what ended the samples: a generator tells it only once
 
     def describe(self) -> dict[str, Any]:
         return {"stream": self.names[0]}
+
+    def explain_changes(self, then: dict[str, Any], record: Path | None) -> str:
+        return ""  # nobody knows
+
+    def put_on_record(self, record: Path) -> None:
+        pass
+
+    def count(self, position: int) -> list[int]:
+        return [position]
 
     def open(self, position: int, under_way: int) -> None:
         self._reader = StreamReader(self.names[0], self._config, seed=self._seed, rank=self._rank, position=position)
@@ -164,8 +214,35 @@ class StreamSupply:
                 self._failure = ReaderClosed() if isinstance(error, StopIteration) else error
                 raise self._failure from None
 
+    def origin(self, draw: Draw, row: int) -> tuple[int, int]:
+        """As many as come, each once."""
+        return 0, int(draw.positions[row])
+
+    def locate(self, draw: Draw, row: int) -> dict[str, Any]:
+        return {"dataset": self.names[0]}
+
     def close(self) -> None:
         self._reader.close()
+
+
+def share_open_files(counts: Sequence[np.ndarray]) -> list[int]:
+    """How many shards of each dataset may be open at once, of datasets whose shards have so many samples.
+
+    A dataset that fits the window is read from all of its shards at once, and so is each of up to 1,024 streams from its own:
+    with fewer open files, most reads would close one file and open another, and check its index again. So all shards may be
+    open, as far as their indexes fit INDEX_BYTES, and the limit of the process, which is raised as far as the system lets.
+    """
+    shards = sum(len(part) for part in counts)
+    index_bytes = 8 * sum(int(part.sum()) for part in counts) / shards + 1
+    wanted = max(LEAST_OPEN_SHARDS, min(shards, int(INDEX_BYTES / index_bytes)))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY:
+        needed = wanted + OTHER_FILES
+        if needed > soft:
+            soft = needed if hard == resource.RLIM_INFINITY else min(hard, needed)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        wanted = min(wanted, max(soft // 2, soft - OTHER_FILES))
+    return [max(1, wanted * len(part) // shards) for part in counts]
 
 
 def choose_weights(entries: Sequence["DatasetConfig"], samples: Sequence[int]) -> list[int]:

@@ -2,17 +2,20 @@
 
 import os
 import resource
+import statistics
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
 
+from pretrain.config import ConfigError
 from pretrain.data.augment import choose_box, draw, train_pixels
 from pretrain.data.decode import decode_part, open_picture
-from pretrain.data.loader import Loader, find_picture, read_captions
+from pretrain.data.loader import Batches, Loader, find_picture, read_captions
 from pretrain.data.stages import Rejected
 from pretrain.data.supply import BAD_READS, IndexedSupply
 from pretrain.data.text import build_tokenizer
@@ -25,51 +28,80 @@ if TYPE_CHECKING:
 
 STAGE_SAMPLES = 256  # that each stage is timed on, in one thread
 LEAST_S, LEAST_BATCHES = 3.0, 3  # that each number of threads is timed for
+LITTLE_WAIT = 0.01  # of a step: no longer worth speaking of
 GOOD_ENOUGH = 0.95  # of the best rate: fewer threads that reach it are the better choice
 MIXED_SAMPLES = 200_000  # whose shards are looked at
 SIMULATED_RANKS = (1, 8, 64)
 
 
-def examine(config: "RunConfig", world_size: int = 1, threads: list[int] | None = None) -> dict[str, Any]:
-    """Measure the loader of one rank of `world_size`, alone on this machine. Rates in samples/s, times in s.
+def examine(
+    config: "RunConfig",
+    world_size: int = 1,
+    threads: list[int] | None = None,
+    step_s: float = 0.0,
+    ranks_per_node: int = 1,
+) -> dict[str, Any]:
+    """Measure the loader of one rank of `world_size`, alone on its share of this machine. Rates in samples/s, times in s.
 
-    Raises UserError and ConfigError for data that cannot be used.
+    Its share is a rank's of `ranks_per_node`: so many processors less are used, whatever else runs. `step_s` is what a training
+    step takes without its data. Raises UserError and ConfigError for data that cannot be used.
     """
     tokenizer = build_tokenizer(config.model.tokenizer, config.model.text.context_length)
     size, batch = config.model.image.image_size, config.train.batch_size
     world = World(0, world_size)
-    cores = len(os.sched_getaffinity(0))
-    threads = (
-        sorted(set(threads))
-        if threads
-        else sorted({1, *(2**power for power in range(1, 10) if 2**power < cores), cores})
-    )
+    with take_share(ranks_per_node) as cores:
+        threads = (
+            sorted(set(threads))
+            if threads
+            else sorted({1, *(2**power for power in range(1, 10) if 2**power < cores), cores})
+        )
 
-    def make(count: int) -> Loader:
-        data = config.data.model_copy(update={"threads": count})
-        return Loader(data, tokenizer, size, batch, config.seed, world)
+        def make(count: int) -> Loader:
+            data = config.data.model_copy(update={"threads": count})
+            return Loader(data, tokenizer, size, batch, config.seed, world)
 
-    loader = make(1)
-    with tqdm(total=1 + len(threads), desc="doctor loader", unit="step", leave=False, disable=None) as bar:
-        stages, bad = time_stages(loader)
-        bar.update()
-        rates = {}
-        for count in threads:
-            rates[count] = time_delivery(make(count))
+        loader = make(1)
+        with tqdm(total=2 + len(threads), desc="doctor loader", unit="step", leave=False, disable=None) as bar:
+            stages, bad = time_stages(loader)
+            bar.update()
+            rates = {}
+            for count in threads:
+                rates[count] = time_delivery(make(count))
+                bar.update()
+            best = next(count for count in threads if rates[count] >= GOOD_ENOUGH * max(rates.values()))
+            stages["wait"] = time_wait(make(best), step_s) / loader.rows
             bar.update()
     report = {
         "cores": cores,
+        "ranks_per_node": ranks_per_node,
         "rows": loader.rows,
+        "step_s": step_s,
         "stages_s": stages,
         "bad": bad,
         "samples_per_s": rates,
-        "threads": next(count for count in threads if rates[count] >= GOOD_ENOUGH * max(rates.values())),
+        "threads": best,
         "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "node_memory_gib": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30,
         "ahead_mib": loader.ahead() * loader.batch_bytes() / 2**20,
     }
     if isinstance(loader.supply, IndexedSupply):
         report |= examine_order(loader.supply)
     return report
+
+
+@contextmanager
+def take_share(ranks_per_node: int) -> Iterator[int]:
+    """Keep this process to one rank's share of its processors, of which there are so many. Raises ConfigError for too many
+    ranks."""
+    cores = sorted(os.sched_getaffinity(0))
+    share = len(cores) // ranks_per_node
+    if not share:
+        raise ConfigError(f"--ranks-per-node: {ranks_per_node} ranks are more than the {len(cores)} processors here")
+    os.sched_setaffinity(0, cores[:share])
+    try:
+        yield share
+    finally:
+        os.sched_setaffinity(0, cores)
 
 
 def time_stages(loader: Loader) -> tuple[dict[str, float], int]:
@@ -120,17 +152,35 @@ def time_stages(loader: Loader) -> tuple[dict[str, float], int]:
 
 def time_delivery(loader: Loader) -> float:
     """Samples/s that the training thread gets if it does nothing else, once what was decoded ahead is used up."""
-    batches = iter(loader)
-    next(batches)
-    for _ in islice(batches, loader.ahead()):
-        pass
-    begun, taken = time.perf_counter(), 0
-    while taken < LEAST_BATCHES or time.perf_counter() - begun < LEAST_S:
-        next(batches)
-        taken += 1
-    rate = taken * loader.rows / (time.perf_counter() - begun)
-    batches.close()
-    return rate
+    with use_up_ahead(loader) as batches:
+        begun, taken = time.perf_counter(), 0
+        while taken < LEAST_BATCHES or time.perf_counter() - begun < LEAST_S:
+            next(batches)
+            taken += 1
+        return taken * loader.rows / (time.perf_counter() - begun)
+
+
+def time_wait(loader: Loader, step_s: float) -> float:
+    """Seconds of a step that the training thread waits, where all else of it takes `step_s`: the median, as the first ones wait
+    for what was used up."""
+    waits: list[float] = []
+    with use_up_ahead(loader) as batches:
+        begun = time.perf_counter()
+        while len(waits) < LEAST_BATCHES or time.perf_counter() - begun < LEAST_S:
+            time.sleep(step_s)
+            asked = time.perf_counter()
+            next(batches)
+            waits.append(time.perf_counter() - asked)
+    return statistics.median(waits)
+
+
+@contextmanager
+def use_up_ahead(loader: Loader) -> Iterator[Batches]:
+    """The loader's batches from where nothing more is ready that was decoded while nobody asked for it."""
+    with closing(iter(loader)) as batches:
+        for _ in islice(batches, 1 + loader.ahead()):
+            pass
+        yield batches
 
 
 def examine_order(supply: IndexedSupply) -> dict[str, Any]:
@@ -153,23 +203,47 @@ def examine_order(supply: IndexedSupply) -> dict[str, Any]:
     }
 
 
+def find_limit(report: dict[str, Any]) -> str:
+    """What has to change for the training thread to wait less."""
+    stages = {name: seconds for name, seconds in report["stages_s"].items() if name != "wait"}
+    slowest, wait_s = max(stages, key=stages.get), report["stages_s"]["wait"] * report["rows"]
+    if wait_s <= LITTLE_WAIT * report["step_s"]:
+        return f"the step, not the loader (of which most is {slowest})"
+    if slowest == "read":
+        return "read: the disk or the store, not the processors; more threads read more at once"
+    return f"{slowest}, on {report['cores']} processor{'s' * (report['cores'] > 1)} a rank"
+
+
+def describe_memory(report: dict[str, Any]) -> str:
+    """What this rank takes, and all of a node."""
+    peak, ranks = report["peak_memory_gib"], report["ranks_per_node"]
+    told = f"Memory: {report['ahead_mib']:,.0f} MiB of batches decoded ahead; {peak:.2f} GiB at most so far"
+    if ranks == 1:
+        return f"{told}."
+    node = report["node_memory_gib"]
+    return f"{told}, {ranks * peak:.1f} of {node:.0f} GiB by {ranks} ranks."
+
+
 def render(report: dict[str, Any]) -> str:
     """The report as a table of at most 80 columns."""
-    total = sum(report["stages_s"].values())
+    stages, rows, step_s = dict(report["stages_s"]), report["rows"], report["step_s"]
+    wait_s = stages.pop("wait") * rows
+    total = sum(stages.values())
     lines = ["one thread, stage by stage    ms/sample  samples/s   share"]
-    for name, seconds in report["stages_s"].items():
+    for name, seconds in stages.items():
         rate = f"{1 / seconds:10,.0f}" if seconds else f"{'-':>10}"
         lines.append(f"  {name:<26}{1000 * seconds:11.3f} {rate}{100 * seconds / total:7.0f} %")
     lines += ["", "threads    samples/s delivered    longest wait-free step*"]
     for count, rate in report["samples_per_s"].items():
         mark = "  <- data.threads" if count == report["threads"] else ""
-        lines.append(f"{count:7} {rate:22,.0f} {report['rows'] / rate * 1000:20,.0f} ms{mark}")
-    slowest = max(report["stages_s"], key=report["stages_s"].get)
+        lines.append(f"{count:7} {rate:22,.0f} {rows / rate * 1000:20,.0f} ms{mark}")
     lines += [
-        f"* a step of {report['rows']} samples a rank that takes longer than this never waits for data",
+        f"* a step of {rows} samples a rank that takes longer than this never waits for data",
         "",
-        f"What limits: {slowest}, on {report['cores']} cores.",
-        f"Memory: {report['ahead_mib']:,.0f} MiB of batches decoded ahead; {report['peak_memory_gib']:.2f} GiB at most so far.",
+        f"wait: {1000 * wait_s:,.1f} ms a step of {1000 * step_s:,.0f} ms, {100 * wait_s / (wait_s + step_s or 1):.0f} % of the "
+        f"whole, with {report['threads']} threads.",
+        f"What limits: {find_limit(report)}.",
+        describe_memory(report),
     ]
     if report["bad"]:
         lines.append(f"Bad samples: {report['bad']} of the first {STAGE_SAMPLES}.")

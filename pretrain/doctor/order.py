@@ -15,6 +15,7 @@ from pretrain.data.supply import IndexedSupply, open_supply
 if TYPE_CHECKING:
     from pretrain.train import RunConfig
 
+MOST_POSITIONS = 10**15  # far more than any run takes, and far from where arithmetic on positions would overflow
 KEPT_SHARDS = 512  # whose keys are kept, about 20 bytes a sample
 
 
@@ -30,6 +31,9 @@ def print_order(config: "RunConfig", world_size: int, rank: int, start: int, ste
         raise ConfigError(f"train.batch_size: {global_batch} pairs cannot be shared equally by {world_size} ranks")
     if rank >= world_size:
         raise ConfigError(f"--rank: there is no rank {rank} among {world_size}; valid are 0 to {world_size - 1}")
+    if (start + steps) * global_batch > MOST_POSITIONS:
+        most = MOST_POSITIONS // global_batch
+        raise ConfigError(f"--start: steps {start} to {start + steps} are beyond the last that can be shown, {most:,}")
     supply = open_supply(config.data, config.seed, global_batch)
     if not isinstance(supply, IndexedSupply):
         raise ConfigError(f"{config.data.path}: the order of a stream is not known before it comes")

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import glob
 import os
 import secrets
 import shutil
@@ -14,7 +15,7 @@ from types import ModuleType
 from safetensors import SafetensorError
 
 from data_tools.errors import UserError
-from data_tools.files import TEMPORARY_SUFFIX, sync_folder
+from data_tools.files import TEMPORARY_SUFFIX, lock_folder, sync_folder
 from pretrain.export import blip, huggingface, native, open_clip
 from pretrain.export.card import render_card
 from pretrain.export.compare import build_probes, compare
@@ -67,6 +68,13 @@ def refuse_used(out: Path) -> None:
         raise UserError(f"{out}: is not empty. Give a new or empty folder")
 
 
+def remove_killed(out: Path) -> None:
+    """Remove what exports to `out` have left that were killed: their locks went with them."""
+    for left in out.parent.glob(f".{glob.escape(out.name)}.????????{TEMPORARY_SUFFIX}"):
+        with contextlib.suppress(UserError, OSError), lock_folder(left):
+            shutil.rmtree(left)
+
+
 @contextlib.contextmanager
 def make_folder(out: Path) -> Iterator[Path]:
     """A temporary folder beside `out` that becomes `out`, flushed to disk, when the block ends without an error.
@@ -74,18 +82,21 @@ def make_folder(out: Path) -> Iterator[Path]:
     On an error it is removed, and so are the parents that were made for it.
     """
     missing = [parent for parent in out.parents if not parent.exists()]
+    remove_killed(out)
     temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
     try:
         temporary.mkdir(parents=True)
-        yield temporary
-        for path in sorted(temporary.rglob("*")):
-            if path.is_file():
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
-            else:
-                sync_folder(path)
-        sync_folder(temporary)
-        os.replace(temporary, out)
+        with lock_folder(temporary):
+            yield temporary
+            for path in sorted(temporary.rglob("*")):
+                if path.is_file():
+                    with open(path, "rb") as file:
+                        os.fsync(file.fileno())
+                else:
+                    sync_folder(path)
+            sync_folder(temporary)
+            refuse_used(out)  # meanwhile somebody else may have written there
+            os.replace(temporary, out)
         sync_folder(out.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -1,7 +1,6 @@
 """The model card of an export: README.md, for whoever finds the folder without the run."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from pretrain import __version__
 from pretrain.export.compare import Comparison
@@ -33,7 +32,7 @@ def render_card(source: LoadedRun, to: str, name: str, guide: Guide, comparison:
         "pixel mean": ", ".join(map(str, PIXEL_MEAN)),
         "pixel deviation": ", ".join(map(str, PIXEL_STD)),
         "text": f"{model.text.context_length} tokens at most, tokenizer {model.tokenizer.kind}",
-        "trained on": Path(config.data.path).name,
+        "trained on": config.data.names,
         "steps": f"{source.step:,}",
         "samples seen": f"{source.step * config.train.batch_size:,}",
         "written by": f"pretrain {__version__}, format {to}",

@@ -99,8 +99,9 @@ def build_probes(config: RunConfig) -> Probes:
     size = config.model.image.image_size
     shapes = [(2 * size, 2 * size + 16), (3 * size + 24, 3 * size), (size, size + 4), (size // 2 + 1, size // 2 + 1)]
     drawn = [draw_picture(*shape, generator(0, "export", place)) for place, shape in enumerate(2 * shapes)]
-    real, captions = read_real(config.data.path)
-    return Probes(drawn, list(SENTENCES), real, captions, Path(config.data.path).name)
+    found = (read_real(entry.path) for entry in config.data.entries())
+    real, captions = next((pairs for pairs in found if pairs[1]), ([], []))
+    return Probes(drawn, list(SENTENCES), real, captions, config.data.names)
 
 
 def draw_picture(height: int, width: int, draw: np.random.Generator) -> np.ndarray:

@@ -4,12 +4,16 @@ Shape legend: B pairs per rank, G = B x world, N image tokens, L text tokens, D 
 """
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import pydantic
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from data_tools.errors import first_line
 from pretrain.config import ConfigError, ConfigModel, Count, union_by_kind
 from pretrain.contract import Batch, ModelOutput
 from pretrain.data.text import TOKENIZERS, ClipTokenizerConfig, Tokenizer
@@ -99,6 +103,13 @@ class LogitBias(nn.Module):
         return self.bias if self.bias.dtype == torch.float64 else self.bias.float()
 
 
+class KnownTexts(NamedTuple):
+    """Texts that need not be encoded again."""
+
+    tokens: Tensor  # [G,L,D] of the global batch
+    own: Tower  # of the micro-batch; `pooled` of unit norm
+
+
 class ImageTextModel(nn.Module):
     """`model(batch)` returns a `ModelOutput`. Every rank calls the same modules in the same order."""
 
@@ -148,24 +159,33 @@ class ImageTextModel(nn.Module):
         heads: bool = True,
         pairs: MatchPairs | None = None,
         token_weights: TokenWeights | None = None,
-    ) -> ModelOutput:
+        texts: KnownTexts | None = None,
+        text_only: bool = False,
+    ) -> ModelOutput | Tower:
         """Embeddings of the batch and, unless `heads` is off, what the heads make of its fused tokens.
 
         Without `pairs`, negatives are drawn from these very embeddings, which then have to be the rank's whole batch; a
-        micro-batch is given the `pairs` that were drawn for it. So it is with `token_weights`, the counted tokens.
+        micro-batch is given the `pairs` that were drawn for it. So it is with `token_weights`, the counted tokens. Given the
+        `texts`, it encodes images only, and with `text_only` texts only: these are the tower's, `pooled` of unit norm.
         """
         keys = self.sample_keys(torch.from_numpy(batch.position).to(batch.image.device))
-        image, text = self.encode_image(batch.image, keys), self.encode_text(batch.ids, batch.mask, keys)
+        if text_only:
+            text = self.encode_text(batch.ids, batch.mask, keys)
+            return Tower(text.tokens, unit(text.pooled))
+        image = self.encode_image(batch.image, keys)
+        text = texts.own if texts else self.encode_text(batch.ids, batch.mask, keys)
         output = ModelOutput(
             unit(image.pooled),
-            unit(text.pooled),
+            text.pooled if texts else unit(text.pooled),
             self.logit_scale(),
             self.logit_bias() if self.logit_bias else None,
             batch.identity,
+            text_tokens=text.tokens,
         )
         if heads and self.match_head:
             pairs = pairs or self.plan(batch, output).pairs(0, len(batch.image))
-            self.match(batch, image, text, keys, pairs, output)
+            everyone = texts.tokens if texts else (text.tokens if pairs.all_own else None)
+            self.match(batch, image, text, keys, pairs, everyone, output)
         if heads and (self.caption_head or self.masked_head):
             self.predict_tokens(batch, image, text, keys, token_weights or self.weigh_tokens(batch), output)
         return output
@@ -196,9 +216,17 @@ class ImageTextModel(nn.Module):
         return plan_matches(batch, *embeddings, self.seed, self.config.random_negatives, self.world)
 
     def match(
-        self, batch: Batch, image: Tower, text: Tower, keys: Tensor, pairs: MatchPairs, output: ModelOutput
+        self,
+        batch: Batch,
+        image: Tower,
+        text: Tower,
+        keys: Tensor,
+        pairs: MatchPairs,
+        everyone: Tensor | None,
+        output: ModelOutput,
     ) -> None:
-        """Fill in the match part: the texts that are not of these images are encoded here, beside the images.
+        """Fill in the match part: the texts that are not of these images are encoded here, beside the images, unless the
+        tokens of `everyone` [G,L,D] are there.
 
         An image that many texts resemble is drawn by many. Those beyond the usual number come in chunks of their own,
         which the backward pass computes again, so that they take time but no memory.
@@ -210,10 +238,10 @@ class ImageTextModel(nn.Module):
         def match_others(image_tokens: Tensor, text_tokens: Tensor, start: int, stop: int) -> Tensor:
             """Logits of the texts [start, stop) of `pairs` with their images; before the first ones, those of the own."""
             chunk = slice(start, stop)
-            if pairs.all_own:
-                others = text_tokens[pairs.text[chunk]]
-            else:
+            if everyone is None:
                 others = self.encode_text(pairs.ids[chunk], pairs.mask[chunk], text_keys[chunk]).tokens
+            else:
+                others = everyone[pairs.text[chunk]]
             rows = image_rows[chunk]
             sides = [others, pairs.mask[chunk], image_tokens[rows], pair_keys(keys[rows], text_keys[chunk])]
             if start == 0:
@@ -280,3 +308,62 @@ def build_model(config: ModelConfig, tokenizer: Tokenizer, seed: int = 0, world:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return ImageTextModel(config, tokenizer, seed, world)
+
+
+def check_towers(model: ImageTextModel) -> None:
+    """Run the towers that are built from other libraries' code by name, on two samples as in training.
+
+    Raises ConfigError, in one line, for a tower that cannot be run, and for one whose result depends on torch's generator:
+    with ranks and micro-batches it would be another.
+    """
+    size, length = model.config.image.image_size, model.config.text.context_length
+    pixels = torch.zeros(2, 3, size, size, dtype=torch.uint8)
+    # No id that a library takes for padding, by which RoBERTa counts its positions.
+    ids, mask = torch.full((2, length), min(5, model.tokenizer.vocab_size - 1)), torch.ones(2, length, dtype=torch.bool)
+    keys = model.sample_keys(torch.arange(2))
+    runs = {"image": lambda: model.encode_image(pixels, keys), "text": lambda: model.encode_text(ids, mask, keys)}
+    for side, run in runs.items():
+        config, tower = getattr(model.config, side), getattr(model, f"{side}_tower")
+        if config.kind not in ("timm", "huggingface"):
+            continue
+        norms = [module for module in tower.modules() if isinstance(module, _BatchNorm) and module.training]
+        for norm in norms:
+            norm.eval()  # these two samples are no part of its statistics
+        try:
+            alike = is_repeatable(run)
+        except ConfigError:
+            raise
+        except Exception as error:  # whatever other people's code says of an input that it was not made for
+            raise ConfigError(
+                f"model.{side}: this tower cannot be run on a batch: {type(error).__name__}: {first_line(error)} Choose "
+                "another model or other settings"
+            ) from None
+        for norm in norms:
+            norm.train()
+        if not alike:
+            raise ConfigError(
+                f"model.{side}: something in this tower is dropped by torch's generator, not by sample, so ranks and "
+                f"micro-batches would change the result. Set to 0 what drops there{name_dropouts(side, config, tower)}"
+            )
+
+
+@torch.no_grad()
+def is_repeatable(run: Callable[[], Tower]) -> bool:
+    """Whether two calls give the same, whatever state torch's generator is in."""
+    with torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager"):
+        torch.manual_seed(0)
+        before, first = torch.get_rng_state(), run()
+        if torch.equal(torch.get_rng_state(), before):
+            return True
+        torch.manual_seed(1)
+        return all(torch.equal(one, other) for one, other in zip(first, run(), strict=True))
+
+
+def name_dropouts(side: str, config: ConfigModel, tower: nn.Module) -> str:
+    """The keys of this tower's settings that sound like it, as a list to append; "" if none does."""
+    if config.kind == "timm":
+        section, settings = "settings", config.settings
+    else:
+        section, settings = "config", tower.inner.config.to_dict()
+    keys = [key for key, value in settings.items() if "drop" in key and isinstance(value, float) and value > 0]
+    return f": {', '.join(f'model.{side}.{section}.{key}' for key in keys)}" if keys else ""

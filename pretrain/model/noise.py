@@ -1,4 +1,5 @@
-"""Dropout and patch dropout as a function of (seed, sample, place in the model), not of how a batch is laid out.
+"""Dropout, patch dropout and stochastic depth as a function of (seed, sample, place in the model), not of how a batch is
+laid out.
 
 Torch draws masks from a generator, so what a sample meets depends on its row, its micro-batch and its rank. Here a mask is
 a hash of the row's key, the module's name and the element's index: micro-batches and ranks change nothing, a second
@@ -13,6 +14,8 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+
+from pretrain.config import ConfigError
 
 # SplitMix64's constants (Steele et al. 2014) as the signed numbers that torch's int64 arithmetic wraps around.
 _GAMMA, _FIRST, _SECOND = (
@@ -56,10 +59,15 @@ class Noise:
     def __init__(self) -> None:
         self.keys: Tensor | None = None
 
-    def hashes(self, module_number: int, elements: int) -> Tensor:
-        """[B,elements] int32, even over all int32s: one hash for each element of each row at this place in the model."""
+    def hashes(self, module_number: int, rows: int, elements: int) -> Tensor:
+        """[rows,elements] int32, even over all int32s: one hash for each element of each row at this place in the model."""
         if self.keys is None:
             raise RuntimeError("dropout in training needs the keys of its rows; call the model with `keys`")
+        if rows != len(self.keys):
+            raise ConfigError(
+                f"model: a dropout is given {rows} rows for {len(self.keys)} samples (parts of samples, such as windows), so "
+                "its masks cannot follow the samples. Set the dropouts of this tower to 0"
+            )
         keys = mix(self.keys ^ module_number).int()
         numbers = mix(torch.arange(elements, device=keys.device) * _GAMMA).int()
         # Both are well mixed. What is left, and paid for every element, is to break the linear structure of their sum.
@@ -90,12 +98,35 @@ class PositionDropout(nn.Module):
         """[B,...] -> the same shape, a `share` of it zero and the rest scaled up."""
         if not self.training:
             return x
-        hashes = self.noise.hashes(self.module_number, x[0].numel())
-        dropped = hashes < int((self.share - 0.5) * 2.0**32)
+        dropped = drop(self.share, self.noise.hashes(self.module_number, len(x), x[0].numel()))
         return x.masked_fill(dropped.view(x.shape), 0) * (1 / (1 - self.share))
 
     def extra_repr(self) -> str:
         return f"share={self.share}"
+
+
+class PositionDropPath(nn.Module):
+    """timm's and transformers' DropPath (stochastic depth) with draws of `noise`: a sample's whole branch, or none of it."""
+
+    def __init__(self, share: float, noise: Noise, module_number: int, scale_up: bool = True):
+        super().__init__()
+        self.share, self.noise, self.module_number, self.scale_up = share, noise, module_number, scale_up
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B,...] -> the same shape, a `share` of the rows zero, the rest scaled up if `scale_up`. arXiv:1603.09382."""
+        if not self.training:
+            return x
+        dropped = drop(self.share, self.noise.hashes(self.module_number, len(x), 1))
+        kept = x.masked_fill(dropped.view(-1, *[1] * (x.ndim - 1)), 0)
+        return kept * (1 / (1 - self.share)) if self.scale_up else kept
+
+    def extra_repr(self) -> str:
+        return f"share={self.share}"
+
+
+def drop(share: float, hashes: Tensor) -> Tensor:
+    """Which of the hashes are among the lowest `share` of all int32s."""
+    return hashes < int((share - 0.5) * 2.0**32)
 
 
 class PositionPatchDropout(nn.Module):
@@ -117,13 +148,13 @@ class PositionPatchDropout(nn.Module):
 
 def drop_patches(tokens: Tensor, share: float, noise: Noise, module_number: int) -> Tensor:
     """Keep max(1, int(N (1 - share))) of the tokens [B,N,D], each subset equally likely, in their order."""
-    count = tokens.shape[1]
-    order = noise.hashes(module_number, count).topk(max(1, int(count * (1 - share))), dim=1).indices
+    rows, count = tokens.shape[:2]
+    order = noise.hashes(module_number, rows, count).topk(max(1, int(count * (1 - share))), dim=1).indices
     return tokens.gather(1, order.sort(dim=1).values[..., None].expand(-1, -1, tokens.shape[2]))
 
 
 def replace_dropouts(model: nn.Module, noise: Noise) -> None:
-    """Swap every nn.Dropout and open_clip PatchDropout below `model` for ours, in place; each place has its own masks.
+    """Swap every nn.Dropout, open_clip PatchDropout and DropPath below `model` for ours, in place; each place has its masks.
 
     A module is known by its name in `model`. Dropouts of share 0 stay: they draw nothing. Attention probabilities inside
     fused kernels cannot be dropped by position, so towers and fusions configure those to 0.
@@ -133,6 +164,9 @@ def replace_dropouts(model: nn.Module, noise: Noise) -> None:
             replacement = PositionDropout(child.p, noise, zlib.crc32(name.encode()))
         elif type(child).__name__ == "PatchDropout" and child.prob > 0:
             replacement = PositionPatchDropout(child.prob, noise, zlib.crc32(name.encode()))
+        elif type(child).__name__.endswith("DropPath") and child.drop_prob:
+            scale_up = getattr(child, "scale_by_keep", True)  # of timm's only
+            replacement = PositionDropPath(child.drop_prob, noise, zlib.crc32(name.encode()), scale_up)
         else:
             continue
         parent, _, attribute = name.rpartition(".")

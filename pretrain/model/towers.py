@@ -138,6 +138,9 @@ class TimmConfig(ConfigModel):
 
 Pooling = Literal["first", "mean", "pooler"]
 
+# How the libraries name learnt positions, of which there is one a row (or column).
+POSITION_NAMES = ("positional_embedding", "pos_embed", "position_embedding", "position_embeddings")
+
 
 class HuggingfaceConfig(ConfigModel):
     """A model of transformers, its shape given by a folder or hub name, or by the config's own keys.
@@ -293,6 +296,7 @@ class Timm(nn.Module):
                 "them: python -c 'import timm; print(timm.list_models())'"
             )
         self.inner = use_global_batch_norm(create_timm(config), world)
+        check_timm_dropouts(self.inner)
         self.width = self.inner.num_features
         pooled_width = getattr(self.inner, "head_hidden_size", self.width) or self.width
         self.projection = build_projection(pooled_width, embed_dim, bias=False)
@@ -489,6 +493,7 @@ class HuggingfaceText(EncoderText):
             )
         keep_attention_weights(settings)
         self.inner = build_huggingface(settings, config.pooling, "model.text")
+        check_length(config, self.inner)
         self.pooling = config.pooling
         self.width = width_of(settings)
         self.projection = build_projection(self.width, embed_dim, config.projection_bias)
@@ -515,6 +520,37 @@ def create_timm(config: TimmConfig) -> nn.Module:
     return timm.create_model(config.name, **settings)  # a convolutional network, which takes any size
 
 
+def check_timm_dropouts(inner: nn.Module) -> None:
+    """Raises ConfigError for what timm's settings drop in a way that cannot follow the samples."""
+    for name, module in inner.named_modules():
+        if isinstance(module, nn.Dropout) and module.p and name.endswith("attn_drop"):
+            raise ConfigError(
+                "model.image.settings: attention weights cannot be dropped out, for fused attention draws that by its own "
+                "generator, not by sample. Leave attn_drop_rate out; drop_rate, proj_drop_rate and drop_path_rate work"
+            )
+        if type(module).__name__.startswith("PatchDropout"):
+            raise ConfigError(
+                "model.image.settings.patch_drop_rate: patches are dropped by sample here. Set model.image.patch_dropout"
+            )
+
+
+def check_length(config: HuggingfaceTextConfig, inner: nn.Module) -> None:
+    """Raises ConfigError for texts longer than the learnt positions of an encoder of transformers."""
+    for name, module in inner.named_modules():
+        if name.rpartition(".")[2] not in POSITION_NAMES or not isinstance(module, nn.Embedding):
+            continue
+        unused = (
+            0 if module.padding_idx is None else module.padding_idx + 1
+        )  # RoBERTa counts from behind its padding's id
+        most = module.num_embeddings - unused
+        if config.context_length > most:
+            raise ConfigError(
+                f"model.text.context_length: {config.context_length}, but this {inner.config.model_type} has positions for "
+                f"{most} tokens. Set {most} or less, or train more: model.text.config.max_position_embeddings="
+                f"{config.context_length + unused}"
+            )
+
+
 def build_huggingface(settings: Any, pooling: Pooling, where: str) -> nn.Module:
     """The module of a transformers config, without a pooler that would not be trained. Raises ConfigError."""
     import transformers
@@ -532,8 +568,8 @@ def build_huggingface(settings: Any, pooling: Pooling, where: str) -> nn.Module:
 
 def keep_attention_weights(settings: Any) -> None:
     """No dropout inside attention, in place: fused kernels draw it by their own generator, not by sample."""
-    for key in ("attention_probs_dropout_prob", "attention_dropout"):
-        if hasattr(settings, key):
+    for key in settings.to_dict():
+        if key.startswith("att") and "drop" in key:  # attention_probs_dropout_prob, attention_dropout, attn_pdrop, ...
             setattr(settings, key, 0.0)
 
 

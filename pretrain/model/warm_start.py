@@ -22,7 +22,7 @@ from data_tools.errors import UserError, first_line
 from pretrain.config import ConfigError, ConfigModel
 from pretrain.model.blocks import begins_with
 from pretrain.model.names import IMAGE_NAMES, TEXT_NAMES, clip_from_huggingface, from_blip
-from pretrain.model.towers import ClipText, Vit
+from pretrain.model.towers import POSITION_NAMES, ClipText, Vit
 from pretrain.torchvision_ops import prepare_torchvision
 from pretrain.world import World
 
@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 NATIVE_FILE = "model.safetensors"
+READ_ERRORS = (OSError, SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError)  # of files missing or broken
 PADDED_IDS = 128  # vocabularies that differ by no more are the same, filled up to a round number
 
 
@@ -210,7 +211,7 @@ def fit(name: str, value: Tensor, own: Tensor) -> tuple[Tensor, str]:
 def is_position(name: str) -> bool:
     """Whether the tensor has a row (or column) a place: learnt positions, by their names in the libraries."""
     last = [part for part in name.split(".") if part != "weight"][-1]
-    return last in ("positional_embedding", "pos_embed", "position_embedding", "position_embeddings")
+    return last in POSITION_NAMES
 
 
 def resize_grid(rows: Tensor, count: int, name: str) -> Tensor:
@@ -308,13 +309,14 @@ def read_pretrained(model_class: Any, name: str) -> dict[str, Tensor]:
 
 
 def reach(get: Any, name: Any) -> Any:
-    """`get(name)`, a missing folder or file, or a hub that cannot be reached, told in one line."""
+    """`get(name)`, a missing or broken folder or file, or a hub that cannot be reached, told in one line."""
     try:
         return get(name)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = first_line(error)
+    except (*READ_ERRORS, ValueError) as error:
+        reason = first_line(error).rstrip(".")
         raise ConfigError(
-            f"model.warm_start: cannot load '{name}': {reason} Give a folder, or a name that this machine can reach"
+            f"model.warm_start: cannot load '{name}': {reason}. Give a folder that is whole, or a name that this machine can "
+            "reach"
         ) from None
 
 
@@ -331,7 +333,7 @@ def read_file(path: Path) -> dict[str, Any]:
         if path.suffix == ".safetensors":
             return load_file(path)
         weights = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except READ_ERRORS as error:
         reason = first_line(error)
         raise UserError(
             f"{path}: cannot read the weights: {reason}. Give a .safetensors file or a plain state dict"

@@ -75,6 +75,25 @@ def test_slurmd_restarted(tmp_path):
         assert not recorded.events("fault")
 
 
+@pytest.mark.parametrize("nodes", [2, 3])
+def test_an_outage_of_the_whole_network(tmp_path, nodes):
+    """Nobody hears anybody for 12 s: then the job goes on with all of its nodes, and without another wait in the queue."""
+    with Cluster.up(tmp_path, nodes + 1, "--node-timeout", "300") as cluster:
+        recorded, job = submit(cluster, tmp_path / "job", nodes=nodes, spare_nodes=0, steps=200)
+        recorded.wait_for(lambda: recorded.step() >= 8, "step 8")
+        everyone = [f"node{number}" for number in range(1, nodes + 1)]
+        for node in everyone:
+            cluster.lab("cut", node)
+        time.sleep(12)
+        for node in everyone:
+            cluster.lab("heal", node)
+        recorded.wait_for_event("repair", action="restart", nodes=everyone)
+        job.wait_for_end("COMPLETED")
+        recorded.check_exact(200)
+        assert len(recorded.events("job_start")) == 1
+        assert len(recorded.events("life_start")) == 2
+
+
 def test_no_false_alarm_in_ten_minutes_of_a_slow_network_and_busy_processors(tmp_path):
     with Cluster.up(tmp_path, 3) as cluster:
         recorded, job = submit(cluster, tmp_path / "job", steps=6000, time_limit_min=30)

@@ -12,6 +12,7 @@ import pytest
 from cluster import LAB, PROBE, ROOT, Cluster
 
 from launch.__main__ import main
+from launch.events import read_launch_events
 from launch.job import JobConfig, resolve_job
 from launch.local import find_alive, identify, start
 from launch.submit import read_records, send
@@ -48,11 +49,15 @@ def test_a_job_on_this_machine_runs_and_its_code_is_the_commands(tmp_path):
     assert "state      ended" in launch("status", tmp_path / "run").stdout
 
 
-def test_a_job_that_fails_twice_ends_with_its_code(tmp_path):
-    job = write_job(tmp_path)
+@pytest.mark.parametrize(("restarts", "lives"), [(30, 2), (0, 1)])
+def test_a_job_that_fails_ends_with_its_code(tmp_path, restarts, lives):
+    """After a second life with the same failure, or the restarts that it has."""
+    job = write_job(tmp_path, max_restarts=restarts)
     job.write_text(job.read_text().replace(PROBE, "-c").replace('"-c"', '"-c", "raise SystemExit(7)"'))
     done = launch("submit", job, "--wait")
     assert done.returncode == 7, done.stdout + done.stderr
+    events = [event["event"] for event in read_launch_events(tmp_path / "run")]
+    assert events.count("life_start") == lives
 
 
 def test_cancel_saves_and_resume_goes_on(tmp_path):
@@ -133,10 +138,11 @@ def test_hosts_by_ssh(tmp_path):
         keys = {"kind": "ssh", "hosts": ["node1", "root@node2"], "time_limit_min": None}
         file = cluster.write_job(folder, "meet", "met.json", **keys)
         launch = [LAB, "-d", cluster.place, "exec", sys.executable, "-m", "launch"]  # names are known there
+        cluster.environment["NCCL_PROBE"] = "it's $(mine)"  # of who submits
         cluster.run(*launch, "submit", file, "--wait")
         met = json.loads((folder / "met.json").read_text())
         assert [(rank["RANK"], rank["NODE_RANK"]) for rank in met] == [("0", "0"), ("1", "0"), ("2", "1"), ("3", "1")]
-        assert {rank["MASTER_ADDR"] for rank in met} == {"10.77.0.11"}
+        assert {(rank["MASTER_ADDR"], rank["NCCL_PROBE"]) for rank in met} == {("10.77.0.11", "it's $(mine)")}
         cluster.run(*launch, "submit", cluster.write_job(folder, "train", **keys, run="train"))
         logs = folder / "train/launch/logs"
         wait_for(lambda: "".join(path.read_text() for path in logs.glob("rank-*")).count("ready\n") == 4)

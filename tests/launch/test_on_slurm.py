@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from cluster import LAB, LIMIT_S, ROOT, Cluster
+from supervised import TRAINER, Recorded
 
 from launch.events import read_launch_events
 from launch.job import load_job, resolve_job
@@ -69,18 +70,28 @@ def test_a_failing_rank_ends_the_job_with_its_exit_code(cluster, tmp_path):
     assert re.search(r"^node2:3 \| === life 1 node2 rank 3 ", logs, re.MULTILINE), logs
 
 
-@pytest.mark.parametrize("limit", ["signal", pytest.param("time limit", marks=pytest.mark.faults)])
-def test_the_time_limit_becomes_a_save_and_the_job_is_queued_again(cluster, tmp_path, limit):
-    # Slurm gives notice within the first minute of two, or sooner what it gives then.
-    job = cluster.submit(tmp_path, "train", time_limit_min=2, save_before_end_s=59)
-    if limit == "signal":
-        job.wait_until_ready()
+@pytest.mark.parametrize(
+    ("limit", "chain"),
+    [("signal", 1), *[pytest.param("time limit", chain, marks=pytest.mark.faults) for chain in (1, 4)]],
+)
+def test_a_run_goes_on_over_time_limits_as_if_there_were_none(cluster, tmp_path, limit, chain):
+    """The job is queued again, or the next one of its chain follows."""
+    run, steps = Recorded(tmp_path / "run"), 60 if limit == "signal" else 900  # of 0.1 s
+    job = cluster.submit(
+        tmp_path, command=[sys.executable, str(TRAINER), str(run.run), str(steps), "0.1"], chain=chain, requeue=chain == 1,
+        time_limit_min=2, save_before_end_s=59, environment={"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    if limit == "signal":  # as Slurm gives it within the first minute of the two
+        run.wait_for(lambda: run.step() > 5, "step 5")
         cluster.run("scancel", "--signal=USR1", "--batch", job.id)
-    job.wait_for_end("COMPLETED", "FAILED")
-    assert job.facts() == ("COMPLETED", "0:0", 1), job.story()
-    assert job.rank_logs().count("saved\n") == job.rank_logs().count("resumed, finished") == 4, (
-        "the logs are appended to"
-    )
+    cluster.wait_for((run.run / "done.json").exists, job, 300)
+    cluster.wait_for(lambda: cluster.run("squeue", "-h", "-n", "probe") == "", job)
+    run.check_exact(steps)
+    ends = run.events("job_end")
+    assert [event["code"] for event in ends] == [85] * (len(ends) - 1) + [0] and len(ends) > 1, job.story()
+    states = [event["job"].partition("-")[0] for event in run.events("job_start")]
+    assert (len(set(states)) == 1) == (chain == 1), job.story()
+    assert job.facts()[:2] == (("COMPLETED", "0:0") if chain == 1 else ("FAILED", "85:0")), job.story()
 
 
 @pytest.mark.parametrize("mode", ["REQUEUE", "CANCEL"])

@@ -172,6 +172,8 @@ def test_nodes_that_broke_are_left_out(cluster, tmp_path, capsys):
     assert main(["submit", write_file(tmp_path, cluster="cluster.yaml", exclude="node3")]) == 0
     assert "#SBATCH --exclude=node3,node7\n" in (tmp_path / "run/launch/job.sbatch").read_text()
     assert "without node7" in capsys.readouterr().err
+    assert main(["resume", "run"]) == 0
+    assert "#SBATCH --exclude=node3,node7\n" in (tmp_path / "run/launch/job.sbatch").read_text()
 
 
 @pytest.mark.parametrize(

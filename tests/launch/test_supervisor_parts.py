@@ -12,11 +12,13 @@ from paths import ROOT
 from launch.agent import expand_nodes
 from launch.events import append_event, read_launch_events
 from launch.heartbeat import Heart, load_secret, seal, unseal
+from launch.job import JobConfig, resolve_job
 from launch.judge import Verdict
 from launch.ladder import choose_repair
-from launch.leader import side
+from launch.leader import Leader, side
 from launch.ranks import Ranks, check_gpus, log_tail, rank_places
 from launch.shared import Shared
+from pretrain.config import check_config
 
 
 def verdict(**facts) -> Verdict:
@@ -141,6 +143,61 @@ def test_a_life_and_a_generation_are_begun_once(tmp_path):
     assert (tmp_path / "run.lock").exists()
     assert other.claim_life(2, 2) == 2
     assert Shared(tmp_path, "next job", "a", 2).claim_life(None, 1) == 3
+
+
+class Silence:
+    """A heart that hears what a test says: seconds of silence by node."""
+
+    def __init__(self, **silence_s: float) -> None:
+        self.silences = silence_s
+
+    def silence_s(self, node: str) -> float:
+        return self.silences.get(node, 0.0)
+
+    def answer(self, node: str) -> str | None:
+        return "no answer" if self.silence_s(node) > 1 else None
+
+
+def make_leader(folder, **silence_s: float) -> Leader:
+    values = {"name": "job", "command": ["true"], "nodes": 1 + len(silence_s), "gpus_per_node": 1, "time_limit_min": 10}
+    job = resolve_job(check_config({**values, "run": str(folder)}, JobConfig, "job"))
+    shared = Shared(folder, "job", "a", job.nodes)
+    shared.start()
+    leader = Leader(job, ["a", *silence_s], "a", 1, Silence(**silence_s), shared)
+    leader.members = list(leader.allocation)
+    return leader
+
+
+def decide(leader: Leader) -> bool:
+    silent = {node: "silent" for node in leader.members if leader.heart.silence_s(node) > 4}
+    if not leader.may_decide(silent) and leader.claim is not None:
+        leader.claim.exception(timeout=10)
+        return leader.may_decide(silent)
+    return leader.claim is None and leader.may_decide(silent)
+
+
+def test_a_leader_that_hears_most_nodes_decides_alone(tmp_path):
+    leader = make_leader(tmp_path, b=0.1, c=5.0)
+    assert decide(leader) and leader.generation == 1
+
+
+def test_a_leader_that_hears_half_of_them_has_to_win_the_next_generation(tmp_path):
+    leader = make_leader(tmp_path, b=5.0)
+    assert decide(leader) and leader.leads and leader.generation == 2
+    assert not leader.shared.claim_generation(2)
+    late = make_leader(tmp_path, b=5.0)  # the same once more, but another one was faster
+    assert not decide(late) and not late.leads
+
+
+def test_a_leader_waits_while_others_may_be_falling_silent_too(tmp_path):
+    leader = make_leader(tmp_path, b=3.0, c=5.0)
+    assert not decide(leader) and leader.leads and leader.claim is None
+
+
+def test_a_leader_that_is_cut_off_from_most_nodes_gives_way(tmp_path):
+    leader = make_leader(tmp_path, b=5.0, c=5.0)
+    assert not leader.may_decide({"b": "cut", "c": "cut"})
+    assert not leader.leads
 
 
 def start_one(folder, code: str) -> Ranks:

@@ -8,11 +8,12 @@ from supervised import LocalRun
 
 
 def test_a_job_without_faults(tmp_path):
-    with LocalRun(tmp_path, nodes=2, steps=10).start() as job:
+    with LocalRun(tmp_path, nodes=2, steps=10, preflight={"enabled": True}).start() as job:
         assert job.ends() == [0, 0]
         job.check_exact(10)
         names = [event["event"] for event in job.events()]
-        assert names == ["job_start", "life_start", "training", "life_end", "verdict", "job_end"]
+        assert names == ["job_start", "preflight", "life_start", "training", "life_end", "verdict", "job_end"]
+        assert job.events("preflight")[0]["bad"] == {}
         assert job.events("job_end")[0]["code"] == 0
         assert job.events("life_start")[0]["ranks"] == {"a": [0, 1], "b": [2, 3]}
 

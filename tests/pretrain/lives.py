@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 from paths import TINY
 from safetensors.torch import load_file
+
+from pretrain.data.cache import ReaderClosed
 
 SETTINGS = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "HF_HUB_OFFLINE": "1"}
 PATIENCE_S = 120
@@ -93,17 +96,38 @@ def record_keys(run: Path, rank: int) -> None:
 
 
 def at_end_of_step(step: int, act: Callable[[Any], None]) -> None:
-    """Call `act` in this rank when so many steps are done, before they are saved."""
+    """Call `act` in this rank when so many steps are done, and saved if that is their turn."""
     from pretrain.life import Life
 
-    plain = Life.asks
+    plain, acted = Life.wait_for, False
 
-    def asks(life: Any) -> tuple[bool, bool]:
-        if life.watch.step + 1 == step and life.watch.phase == "step":
+    def wait_for(life: Any, *others: Any, **named: Any) -> tuple[bool, bool]:
+        nonlocal acted
+        if life.watch.step == step and not acted:
+            acted = True
             act(life)
-        return plain(life)
+        return plain(life, *others, **named)
 
-    Life.asks = asks
+    Life.wait_for = wait_for
+
+
+def stall(rank: int, from_position: int) -> None:
+    """On that rank, no sample from there on comes before its reader is closed."""
+    from pretrain.data.supply import IndexedSupply
+
+    read, close, closed = IndexedSupply.read, IndexedSupply.close, threading.Event()
+
+    def read_or_wait(supply: Any, draw: Any, row: int, attempt: int) -> Any:
+        if os.environ["RANK"] == str(rank) and draw.positions[row] >= from_position:
+            closed.wait()
+            raise ReaderClosed
+        return read(supply, draw, row, attempt)
+
+    def close_and_tell(supply: Any) -> None:
+        closed.set()
+        close(supply)
+
+    IndexedSupply.read, IndexedSupply.close = read_or_wait, close_and_tell
 
 
 def arguments(shards: Path, run: Path, *overrides: str) -> list[str]:

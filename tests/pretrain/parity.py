@@ -17,6 +17,7 @@ from pretrain.engine import (
     EngineConfig,
     apply_gradients,
     build_engine,
+    import_deepspeed,
     learning_rate,
     parameter_groups,
     set_learning_rate,
@@ -66,6 +67,13 @@ VIT = {"kind": "vit", "image_size": 32, "patch_size": 8, "width": 32, "layers": 
 IMAGE_TOWERS = {
     "vit": VIT,
     "vit_dropping": {**VIT, "patch_dropout": 0.25},
+    "timm_dropping": {
+        "kind": "timm",
+        "name": "test_vit",
+        "image_size": 32,
+        "patch_dropout": 0.25,
+        "settings": {"drop_path_rate": 0.4, "proj_drop_rate": 0.1},
+    },
     "resnet": {"kind": "resnet", "image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 32},
 }
 BERT = {"kind": "bert", "context_length": 12, "width": 32, "heads": 2, "layers": 2, "dropout": 0.0}
@@ -94,6 +102,7 @@ class Case(NamedTuple):
     text: str = "bert_dropping"
     fusion: str = "med"
     losses: LossesConfig = ALL_LOSSES
+    frozen: str | None = None
 
 
 def model_config(case: Case) -> ModelConfig:
@@ -105,6 +114,7 @@ def model_config(case: Case) -> ModelConfig:
         "text": TEXT_TOWERS[case.text],
         "fusion": FUSIONS[case.fusion],
         "init_logit_bias": -3.0,
+        "freeze": [case.frozen] if case.frozen else [],
     }
     return check_config(values, ModelConfig, "test")
 
@@ -149,6 +159,9 @@ class PlainEngine:
 
     def zero_optimization_stage(self) -> int:
         return 0
+
+    def fp16_enabled(self) -> bool:
+        return False
 
     def allreduce_gradients(self) -> None:
         pass
@@ -351,6 +364,12 @@ def losses_of_both(world: World) -> dict[str, list[tuple[str, float, list[np.nda
 BAD_STEP = 2
 
 
+def allow_fp16() -> None:
+    """DeepSpeed refuses fp16 on CPUs, which is slow there and works."""
+    accelerator = import_deepspeed().get_accelerator()
+    type(accelerator).is_fp16_supported = lambda self: True
+
+
 class Run(NamedTuple):
     """How DeepSpeed trains."""
 
@@ -371,6 +390,8 @@ def train_losses(world: World, runs: list[Run], steps: int, case: Case) -> list[
         )
         model = build_model(config, TOKENIZER, 0, world).train()
         engine = build_engine(model, settings, GLOBAL_BATCH, world)
+        if run.precision == "fp16":  # no overflow: all steps count
+            (getattr(engine.optimizer, "loss_scaler", None) or engine.optimizer.loss_scale_config).cur_scale = 64.0
         momentum = None
         if case.losses.momentum:
             momentum = Momentum(case.losses.momentum, config, TOKENIZER, engine, world, {})
@@ -388,7 +409,7 @@ def train_losses(world: World, runs: list[Run], steps: int, case: Case) -> list[
             if momentum and applied:
                 momentum.follow(output.momentum, step)
             try:
-                BadSteps(1, run.precision, world).check(step, applied, batch, values, output)
+                BadSteps(1, world).check(step, applied, batch, values, output)
             except UserError as error:
                 skipped.append(str(error))
             losses.append(world.mean(values["total"]).item())

@@ -1,6 +1,6 @@
 """However a global batch is spread over ranks and micro-batches: the losses and every gradient are those of one process.
 
-Dropout and patch dropout are on, and so is every loss that the fusion can have.
+Dropout, patch dropout and, in one case, stochastic depth are on, and so is every loss that the fusion can have.
 """
 
 import numpy as np
@@ -15,7 +15,7 @@ COUNTS = (1, 2, 4)  # of ranks, and of micro-batches
 NO_CAPTIONS = parity.ALL_LOSSES.model_copy(update={"captioning": None})
 CASES = {
     "med": Case(),
-    "shared": Case(text="clip", fusion="shared"),
+    "shared": Case(image="timm_dropping", text="clip", fusion="shared"),
     "text_to_image": Case(text="clip", fusion="text_to_image"),
     "both": Case(fusion="both", losses=NO_CAPTIONS),
     "weighted": Case(fusion="weighted", losses=NO_CAPTIONS),
@@ -58,3 +58,10 @@ def test_ranks_and_micro_batches_change_nothing(results: dict, ranks: int, micro
 @pytest.mark.parametrize("ranks", COUNTS)
 def test_gathering_all_tokens_is_the_same(results: dict, ranks: int) -> None:
     assert_equal(results[ranks][1], parity.losses_and_gradients(World(), parity.GATHERED, 1))
+
+
+def test_frozen_batch_normalisation_is_exact() -> None:
+    case = Case(image="resnet", fusion="text_to_image", losses=parity.PAIR_LOSSES, frozen="image_tower")
+    whole = parity.losses_and_gradients(World(), case, 1)
+    assert not any(name.startswith("image_tower") and "running" not in name for name in whole[1])
+    assert_equal(parity.losses_and_gradients(World(), case, 4), whole)

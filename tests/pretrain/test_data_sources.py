@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from data_tools.errors import UserError
 from data_tools.files import open_folder
 from data_tools.shards import Manifest, Selection
 from pretrain.data.cache import CacheConfig, CachedReader
-from pretrain.data.sources import is_stream, load_dataset, open_reader
+from pretrain.data.sources import is_stream, load_dataset, open_reader, remove_old_indexes
 
 
 @pytest.fixture
@@ -66,6 +67,27 @@ def test_a_tar_that_has_changed_is_indexed_again(tmp_path, tars, cache):
     write_shards(tmp_path / "other", shards=3, samples=5)
     os.replace(tmp_path / "other" / "00002.tar", tars / "00002.tar")
     assert read_keys(tars, cache) == [*KEYS, "2_4"]
+
+
+def test_old_indexes_are_removed_when_nobody_uses_them(tmp_path, tars, cache):
+    made = []
+    for samples in (5, 6, 7, 8):
+        write_shards(tmp_path / "next", shards=3, samples=samples)
+        os.replace(tmp_path / "next" / "00002.tar", tars / "00002.tar")
+        code = f"from pretrain.data import sources, cache; sources.load_dataset({str(tars)!r}, cache.CacheConfig("
+        code += f"folder={str(tmp_path / 'cache')!r}))"
+        if samples == 5:
+            assert "2_4" in read_keys(tars, cache)  # in this process, which goes on to use it
+        else:
+            subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        (of_path,) = (tmp_path / "cache" / "indexes").iterdir()
+        (new,) = set(of_path.iterdir()) - set(made)
+        made.append(new)
+        os.utime(new, (time.time() - 100 + samples,) * 2)
+    assert [folder.exists() for folder in made] == [True, False, True, True]  # that of here, and the last two
+    os.utime(made[2], (time.time() - 100 * 86_400,) * 2)
+    remove_old_indexes(tmp_path / "cache" / "indexes")
+    assert [folder.exists() for folder in made] == [True, False, False, True]
 
 
 def test_keys_that_repeat_get_the_name_of_their_tar(tars, cache, caplog):

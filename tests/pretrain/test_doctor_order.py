@@ -61,6 +61,15 @@ def test_a_rank_that_is_not_there_is_refused(shards: Path) -> None:
         lines(shards / "train", 2, 2, 0, 1)
 
 
+@pytest.mark.parametrize("start", [10**15, 10**18, 10**40])
+def test_steps_that_no_run_reaches_are_refused_in_a_line(start: int, shards: Path, capsys) -> None:
+    arguments = ["doctor", "order", str(TINY), "--start", str(start), f"data.path={shards / 'train'}", "run=none"]
+    assert main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "beyond the last that can be shown, 125,000,000,000,000" in line
+    assert len(lines(shards / "train", 1, 0, 10**14, 1)) == 8
+
+
 def test_the_command(shards: Path, capsys: pytest.CaptureFixture) -> None:
     arguments = ["doctor", "order", str(TINY), "--world-size", "2", "--rank", "1", "--start", "3", "--steps", "2"]
     assert main([*arguments, f"data.path={shards / 'train'}", "run=none", "train.batch_size=8"]) == 0

@@ -1,5 +1,6 @@
 """Captioning, masked language and distillation: however the batch is spread, and against transformers and open_clip."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -305,6 +306,26 @@ def test_a_teacher_gives_the_embeddings_of_its_model(to, text: str, words: Path,
     assert (teacher(batch).image_embed * found.image_embed).sum(1).min() > 0.98
 
 
+def test_a_broken_teacher_is_refused_in_one_line(words: Path, tmp_path: Path) -> None:
+    folder = write_teacher(tmp_path / "teacher", open_clip, load_config(TINY, [], RunConfig))
+    tokenizer, weights = build_tokenizer(ClipTokenizerConfig(), 24), folder / "open_clip_model.safetensors"
+
+    def refuse(message: str) -> None:
+        with pytest.raises(UserError, match=message) as error:
+            build_teacher(DistillConfig(teacher=str(folder)), tokenizer, 16, torch.device("cpu"), torch.float32)
+        assert "\n" not in str(error.value)
+
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:1000])
+    refuse("open_clip cannot load it: SafetensorError")
+    weights.unlink()  # open_clip would begin with random ones
+    refuse("holds no open_clip_model.safetensors")
+    weights.write_bytes(whole)
+    for text in ("{", "{}", "[]"):
+        (folder / "open_clip_config.json").write_text(text)
+        refuse("open_clip cannot load it: ")
+
+
 def test_teachers_that_do_not_fit_are_refused(words: Path, tmp_path: Path) -> None:
     config = load_config(TINY, [], RunConfig)
     folder = str(write_teacher(tmp_path / "teacher", native, config))
@@ -319,6 +340,10 @@ def test_teachers_that_do_not_fit_are_refused(words: Path, tmp_path: Path) -> No
     refuse("reads 24 tokens at most. Set model.text.context_length=24", build_tokenizer(ClipTokenizerConfig(), 30))
     others = build_tokenizer(HuggingfaceTokenizerConfig(kind="huggingface", name=str(words)), 24)
     refuse("it has another tokenizer than the model. Set model.tokenizer", others)
+    for length in (2, 3):  # which no probe fits into
+        refuse("it has another tokenizer", dataclasses.replace(others, context_length=length))
+    short = dataclasses.replace(own, context_length=3)
+    build_teacher(DistillConfig(teacher=folder), short, 16, torch.device("cpu"), torch.float32)
     refuse("embeddings have 16 numbers, the model's 8. Set model.embed_dim=16", own, 8, cosine=1)
 
 

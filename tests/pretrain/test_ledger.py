@@ -1,5 +1,6 @@
 """The proof at the end of an epoch: it holds for what the order gives, and breaks for any sample too few or too many."""
 
+import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -148,6 +149,36 @@ def test_it_goes_through_a_checkpoint_in_mid_epoch(before: int, after: int, lost
     reports += run(resumed, 8)
     assert [report.epoch for report in reports if report.dataset == "train"] == [0, 1, 2, 3]
     assert all(report.matched for report in reports) is not lost
+
+
+@pytest.mark.parametrize("changed_epoch", [None, 2])
+def test_keys_are_the_same_in_each_epoch_without_bad_samples(changed_epoch: int | None) -> None:
+    ranks, reports, wrong_once = Ranks.start(1), [], changed_epoch is not None
+    for batch in range(12):
+        (places,) = ranks.places()
+        keys = (places.dataset * 1000 + places.shard * 100 + places.place + 1).astype(np.uint64)
+        first = np.flatnonzero((places.dataset == 0) & (places.epoch == 2))[:1]
+        if wrong_once and len(first):
+            keys[first] += np.uint64(5)
+            wrong_once = False
+        if batch == 3:
+            keys[0] = 0  # a sample that was replaced: nothing is said of keys in its epoch
+        ranks.ledgers[0].add(places, keys)
+        ranks.position += ORDER.global_batch
+        reports += ranks.together(lambda ledger, world: ledger.close_epochs(ranks.position, world))[0]
+        state = json.loads(json.dumps(ranks.together(lambda ledger, world: ledger.state(world))[0]))
+        ranks.ledgers = Ranks.start(1).ledgers  # as after a resume
+        ranks.ledgers[0].restore(state, ranks.position, World(0, [], threading.Barrier(1)))
+    wrong = [(report.dataset, report.epoch) for report in reports if not report.matched]
+    assert wrong == ([("train", changed_epoch)] if changed_epoch else [])
+    assert not wrong or "keys are not those of an epoch before" in next(r.message for r in reports if not r.matched)
+
+
+def test_the_manifests_side_of_a_selection_is_the_sum_of_what_counts() -> None:
+    places = {0: np.array([1, 4]), 1: np.array([], np.int64), 2: np.array([0, 2, 3])}
+    identities = Identities(np.array([2, 0, 3]), "12" * 32, places.__getitem__)
+    hashes = identities.hash(np.array([0, 0, 2, 2, 2]), np.array([1, 4, 0, 2, 3]))
+    assert identities.expected == (5, int(hashes.sum(dtype=np.uint64)))
 
 
 def test_the_manifests_side_is_the_sum_of_all_samples() -> None:

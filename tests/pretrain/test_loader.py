@@ -4,12 +4,16 @@ import io
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
+from contextlib import closing
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,16 +26,16 @@ from hypothesis import strategies as st
 from paths import ROOT
 from PIL import Image
 from ranks import run_on_ranks
-from stores import serve, wait_for
+from stores import serve, wait_for, write_shards
 
 from data_tools.errors import UserError
-from data_tools.shards import Manifest, write_shard
+from data_tools.shards import Manifest, ShardError, ShardReader, write_shard
 from pretrain.config import ConfigError
 from pretrain.data.augment import AugmentConfig
 from pretrain.data.cache import CacheConfig
 from pretrain.data.loader import DataConfig, Loader, open_loader
 from pretrain.data.streaming import StreamReader
-from pretrain.data.supply import IndexedSupply
+from pretrain.data.supply import IndexedSupply, share_open_files
 from pretrain.data.text import ClipTokenizerConfig, build_tokenizer
 from pretrain.world import World
 
@@ -254,7 +258,7 @@ def test_a_damaged_sample_is_replaced_without_shifting_the_rest(
     tar.write_bytes(data)
     loader = make(damaged, tokenizer)
     after = take(loader, 6)
-    assert loader.skipped[0] >= 1 and "replaced" in caplog.text
+    assert loader.tally.skipped[0] >= 1 and "replaced" in caplog.text
     for step, (batch, expected) in enumerate(zip(after, before, strict=True)):
         for row in range(8):
             if expected.keys[row] == victim:
@@ -294,13 +298,139 @@ def test_too_many_bad_samples_end_the_run_also_over_resumes(tmp_path: Path) -> N
     for config in (strict, lenient):
         loader = Loader(config, NoTokenizer(), 8, 25, 3, World())
         loader.restore(state)
-        take(loader, 10)
         if config is lenient:
+            take(loader, 10)
             assert 150 < loader.measure()["data/skipped"] < 250
             continue
+        take(loader, 9)
         message = r"of 1000 samples could not be used, more than data.max_bad_share = 0.05; one of them"
         with pytest.raises(UserError, match=message):
-            loader.measure()
+            take(loader, 1)
+
+
+def test_bad_samples_are_listed_where_they_lie(tmp_path: Path) -> None:
+    path = write_dataset(tmp_path / "a", [20, 30])
+    (path / "quarantine.json").write_text('{"00001.tar": {"0": "dark"}}')
+    damaged = flip_bytes(path, 0.1)
+    config, record = DataConfig(path=str(path), max_bad_share=1), tmp_path / "run" / "data"
+    loader = Loader(config, NoTokenizer(), 8, 7, 0, World(), record)
+    take(loader, 7)
+    lines = [json.loads(line) for line in (record / "bad-rank-00000.jsonl").read_text().splitlines()]
+    assert {f"s{int(line['shard'][:5]):04d}_{line['place']:04d}" for line in lines} == damaged - {"s0001_0000"}
+    assert len(lines) == sum(loader.tally.skipped) and lines == sorted(lines, key=lambda line: line["position"])
+    assert all(line["dataset"] == str(path) and "picture" in line["reason"] for line in lines)
+
+
+def add_shard(path: Path) -> None:
+    write_dataset(path.parent / "more", [20, 30, 10], name="b")
+    for file in (path.parent / "more").iterdir():
+        shutil.copy(file, path / file.name)
+
+
+def grow_shard(path: Path) -> None:
+    shutil.rmtree(path)
+    write_dataset(path, [20, 31], name="b")
+
+
+def remove_shard(path: Path) -> None:
+    shutil.rmtree(path)
+    write_dataset(path, [20], name="b")
+
+
+def quarantine(path: Path) -> None:
+    (path / "quarantine.json").write_text('{"00001.tar": {"3": "dark"}}')
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (add_shard, "1 shard added (00002.tar); 50 samples then, 60 now"),
+        (remove_shard, "1 shard removed (00001.tar); 50 samples then, 20 now"),
+        (grow_shard, "1 shard of another size (00001.tar); 50 samples then, 51 now"),
+        (quarantine, "1 shard of which other samples count (view or quarantine) (00001.tar); 50 samples then, 49 now"),
+    ],
+)
+def test_a_dataset_that_has_changed_is_named_with_what_has(change, message: str, tmp_path: Path) -> None:
+    paths = [write_dataset(tmp_path / name / "data", [20, 30], name=name) for name in "ab"]
+    config, record = DataConfig(datasets=[{"path": str(path), "weight": 1} for path in paths]), tmp_path / "record"
+    loader = Loader(config, NoTokenizer(), 8, 4, 0, World(), record)
+    loader.supply.put_on_record(record)
+    state = json.loads(json.dumps(loader.state()))
+    change(paths[1])
+    now = Loader(config, NoTokenizer(), 8, 4, 0, World(), record)
+    with pytest.raises(ConfigError, match="the data have changed since the run was started") as caught:
+        now.restore(state)
+    assert f"{paths[1]}: {message}" in str(caught.value) and str(paths[0]) not in str(caught.value)
+    now.record = None  # of a run whose record is gone
+    with pytest.raises(ConfigError, match=f"{paths[1]}: it is another dataset than before"):
+        now.restore(state)
+    alone = Loader(DataConfig(path=str(paths[0])), NoTokenizer(), 8, 4, 0, World(), record)
+    with pytest.raises(ConfigError, match=f"{paths[1]} is gone"):
+        alone.restore(state)
+
+
+def read_badly(world: World, path: str, bad: range, state: dict | None, share: float) -> tuple[int, dict, str]:
+    """Steps done, the state then and how it ended, where the samples of some positions are bad."""
+    read = IndexedSupply.read
+
+    def read_or_fail(supply, draw, row: int, attempt: int):
+        if draw.positions[row] in bad and not attempt:
+            raise ShardError("injected")
+        return read(supply, draw, row, attempt)
+
+    IndexedSupply.read = read_or_fail
+    loader = Loader(DataConfig(path=path, max_bad_share=share), NoTokenizer(), 8, 20, 0, world)
+    if state:
+        loader.restore(state)
+    batches, end = iter(loader), ""
+    try:
+        for _ in range(60):
+            batches.agree()
+            next(batches)
+    except UserError as error:
+        end = str(error)
+    finally:
+        batches.close()
+        IndexedSupply.read = read
+    return loader.position // 20, loader.state(), end
+
+
+@pytest.mark.parametrize(
+    ("bad", "share", "steps", "message"),
+    [
+        (range(313, 413), 1.0, 20, "100 samples in a row could not be used; one of them: .*injected"),
+        (range(313, 412), 1.0, 60, ""),
+        (range(0, 1200, 10), 0.09, 49, "100 of 1000 samples could not be used, more than data.max_bad_share = 0.09"),
+    ],
+)
+def test_bad_samples_are_judged_alike_on_any_number_of_ranks(bad, share, steps, message, tmp_path: Path) -> None:
+    path = str(write_dataset(tmp_path / "a", [200, 100]))
+    first = read_badly(World(), path, bad, None, share)
+    assert first[0] == steps and re.search(message, first[2])
+    for ranks in (2, 4):
+        told = run_on_ranks(read_badly, ranks, path, bad, None, share)
+        assert {(done, end) for done, _, end in told} == {(steps, first[2])}
+        assert told[0][1] == first[1]
+
+
+def test_bad_samples_in_a_row_are_counted_over_a_resume(tmp_path: Path) -> None:
+    path = write_dataset(tmp_path / "a", [200, 100])
+    bad = range(313, 413)
+    loader = Loader(DataConfig(path=str(path), max_bad_share=1), NoTokenizer(), 8, 20, 0, World())
+    read = loader.supply.read
+
+    def read_or_fail(draw, row: int, attempt: int):
+        if draw.positions[row] in bad and not attempt:
+            raise ShardError("injected")
+        return read(draw, row, attempt)
+
+    loader.supply.read = read_or_fail
+    take(loader, 18)
+    state = json.loads(json.dumps(loader.state()))
+    assert state["tally"]["in_a_row"] == 47
+    for ranks in (1, 2):
+        told = run_on_ranks(read_badly, ranks, str(path), bad, state, 1.0)
+        assert all(done == 20 and "100 samples in a row" in end for done, _, end in told)
 
 
 def test_a_dataset_with_nothing_usable_says_so(tmp_path: Path) -> None:
@@ -315,7 +445,7 @@ def test_a_vanished_shard_is_so_many_bad_samples(tmp_path: Path) -> None:
     loader = Loader(DataConfig(path=str(path), max_bad_share=1), NoTokenizer(), 8, 10, 0, World())
     (path / "00007.tar").unlink()
     keys = [key for batch in take(loader, 20) for key in batch.keys]
-    assert len(keys) == 200 and not any(key.startswith("s0007") for key in keys) and loader.skipped[0] == 10
+    assert len(keys) == 200 and not any(key.startswith("s0007") for key in keys) and loader.tally.skipped == (10,)
 
 
 def test_a_mistake_in_the_program_is_not_a_bad_sample(tmp_path: Path) -> None:
@@ -375,6 +505,40 @@ def test_each_epoch_ends_with_a_proof(tmp_path: Path, caplog, monkeypatch) -> No
     assert run(None).count("25 samples, each once") == 2 and "ERROR" not in run(None)
     text = run(33)
     assert text.count("25 samples, each once") == 1 and text.count("ERROR") == 1 and "not each once" in text
+
+
+@pytest.mark.parametrize("how", ["another place", "another shard", "bytes of another", None])
+@pytest.mark.parametrize("view", [False, True])
+def test_a_reader_that_gives_the_wrong_sample_raises_the_alarm(
+    how, view: bool, tmp_path: Path, caplog, monkeypatch
+) -> None:
+    path = write_dataset(tmp_path / "a", [10, 17])
+    if view:  # of 25 of them
+        (path / "quarantine.json").write_text('{"00001.tar": {"0": "dark", "5": "dark"}}')
+    read_selected, reads = ShardReader.read_selected, Counter()
+
+    def read_wrongly(reader, shard: int, place: int):
+        raw = read_selected(reader, shard, place)
+        reads[shard, place] += 1
+        if how and (shard, place) == (1, 3) and reads[shard, place] == 2:
+            other = read_selected(reader, *((0, 3) if how == "another shard" else (1, 4)))
+            return replace(other, origin=raw.origin) if how == "bytes of another" else other
+        return raw
+
+    monkeypatch.setattr(ShardReader, "read_selected", read_wrongly)
+    caplog.set_level("INFO")
+    loader = Loader(DataConfig(path=str(path), threads=0), NoTokenizer(), 8, 9, 0, World())
+    batches = iter(loader)
+    while loader.position < 3 * (25 if view else 27) + 9:
+        next(batches)
+        loader.close_epochs()
+    batches.close()
+    alarms = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    proofs = [text for text in caplog.messages if ", each once (fingerprint" in text]
+    assert (len(proofs), len(alarms)) == ((2, 1) if how else (3, 0))
+    if how:
+        expected = "keys are not those of an epoch before" if how == "bytes of another" else "not each once"
+        assert "epoch 1 of" in alarms[0] and expected in alarms[0]
 
 
 def count_epochs(world: World, path: str) -> list[str]:
@@ -473,6 +637,34 @@ def test_a_store_that_goes_away_for_a_while(tmp_path: Path) -> None:
     wait_for(lambda: not {thread for thread in set(threading.enumerate()) - before if thread.name.startswith("fetch")})
 
 
+def test_each_of_many_shards_is_opened_once(tmp_path: Path, monkeypatch) -> None:
+    path, opened = write_shards(tmp_path / "a", shards=600, samples=2, size=10).directory.path, Counter()
+    open_shard = ShardReader._open_shard
+
+    def open_and_count(reader, number: int, *others):
+        opened[number] += 1
+        return open_shard(reader, number, *others)
+
+    monkeypatch.setattr(ShardReader, "_open_shard", open_and_count)
+    supply = IndexedSupply(config := DataConfig(path=str(path)), config.entries(), 0, 100)
+    supply.open(0, 0)
+    for first in range(0, 3600, 100):
+        draw = supply.draw(np.arange(first, first + 100))
+        assert all(supply.read(draw, row, 0) for row in range(100))
+    supply.close()
+    assert len(opened) == 600 == opened.total()
+
+
+def test_open_files_are_shared_within_the_limit(monkeypatch) -> None:
+    limits = [(1024, 4096)]
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits[-1])
+    monkeypatch.setattr(resource, "setrlimit", lambda _, both: limits.append(both))
+    assert share_open_files([np.full(100, 10)]) == [512]  # as ever
+    assert share_open_files([np.full(600, 10), np.full(1200, 10)]) == [600, 1200] and limits[-1] == (2824, 4096)
+    assert share_open_files([np.full(100_000, 10)]) == [3072] and limits[-1] == (4096, 4096)
+    assert share_open_files([np.full(1000, 100_000)]) == [512]  # whose indexes are large
+
+
 def test_a_stream(tmp_path: Path) -> None:
     path = write_dataset(tmp_path / "a", [20, 30, 10], name="a")
     config = DataConfig(path=f"pipe:cat {path}/{{00000..00002}}.tar", captions="turn", threads=3)
@@ -536,7 +728,33 @@ def test_stages_and_other_fields(tmp_path: Path, monkeypatch) -> None:
             for key, extra in zip(batch.keys, batch.extra["json"], strict=True)
         )
         assert batch.extra["cls"] == [None] * 10
-    assert not loader.skipped  # what a stage rejects is not bad
+    assert loader.tally.skipped == (0,)  # what a stage rejects is not bad
+
+
+def test_large_fields_count_as_read_ahead(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "a").mkdir()
+    with write_shard(tmp_path / "a", "00000.tar") as writer:
+        for place in range(64):
+            fields = {"jpg": draw_picture(place), "txt": b"a", "json": json.dumps(["x" * 1000] * 150).encode()}
+            writer.add(f"{place}", fields)
+    Manifest.of_shards(tmp_path / "a", [writer.info]).write()
+    read, rows = IndexedSupply.read, []
+    monkeypatch.setattr(IndexedSupply, "read", lambda self, *row: rows.append(row) or read(self, *row))
+    read_ahead = {}
+    for fields in ([], ["json"]):
+        rows.clear()
+        config = DataConfig(path=str(tmp_path / "a"), fields=fields, prefetch_mib=8)
+        loader = Loader(config, NoTokenizer(), 8, 8, 0, World())
+        with closing(iter(loader)) as batches:
+            for _ in range(4):
+                next(batches)
+            if not fields:
+                wait_for(lambda: len(rows) == 8 * (4 + 32))
+            else:
+                time.sleep(0.5)
+        read_ahead[bool(fields)] = len(rows) // 8 - 4
+    # A batch of these fields has 1.2 MiB: six of them.
+    assert read_ahead == {False: 32, True: 6}
 
 
 def is_the_first(sample: dict) -> bool:

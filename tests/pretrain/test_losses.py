@@ -131,17 +131,21 @@ def test_an_infinite_loss_has_no_finite_gradient() -> None:
 
 
 def take_step(
-    bad_steps: BadSteps, applied: bool = False, loss: float = 1.0, bad_rows: tuple[int, ...] = (), step: int = 7
+    bad_steps: BadSteps,
+    applied: bool = False,
+    loss: float = 1.0,
+    bad_rows: tuple[int, ...] = (),
+    scale_could_fall: bool = False,
 ) -> None:
     output = make_output()
     with torch.no_grad():
         output.text_embed[list(bad_rows)] = float("nan")
     batch = SimpleNamespace(keys=[f"key{row}" for row in range(ROWS)])
-    bad_steps.check(step, applied, batch, {"total": torch.tensor(loss)}, output)
+    bad_steps.check(7, applied, batch, {"total": torch.tensor(loss)}, output, scale_could_fall)
 
 
 def test_bad_steps_are_named_counted_and_end_the_run(caplog: pytest.LogCaptureFixture) -> None:
-    bad_steps = BadSteps(3, "bf16", World())
+    bad_steps = BadSteps(3, World())
     take_step(bad_steps, bad_rows=(2, 5))
     assert "step 7" in caplog.text and "rank 0: key2, key5)" in caplog.text
     take_step(bad_steps, loss=float("inf"))
@@ -156,8 +160,10 @@ def test_bad_steps_are_named_counted_and_end_the_run(caplog: pytest.LogCaptureFi
 
 
 def test_too_large_a_loss_scale_is_no_bad_step(caplog: pytest.LogCaptureFixture) -> None:
-    bad_steps = BadSteps(1, "fp16", World())
-    take_step(bad_steps)
+    bad_steps = BadSteps(1, World())
+    take_step(bad_steps, scale_could_fall=True)
     assert bad_steps.total == 0 and not caplog.text
     with pytest.raises(UserError, match="key0, key1"):
-        take_step(bad_steps, loss=float("nan"))
+        take_step(bad_steps, loss=float("nan"), scale_could_fall=True)
+    with pytest.raises(UserError, match="the gradients are not"):
+        take_step(bad_steps)

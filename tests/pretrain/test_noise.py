@@ -7,15 +7,18 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from pretrain.config import ConfigError
 from pretrain.model.noise import (
     Noise,
     PositionDropout,
+    PositionDropPath,
     PositionPatchDropout,
     drop_patches,
     pair_keys,
     replace_dropouts,
     row_keys,
 )
+from pretrain.torchvision_ops import prepare_torchvision
 
 # Quantiles of chi-square at 99.99 %, by degrees of freedom.
 LIMITS = {1: 15.14, 3: 21.11, 19: 50.80}
@@ -86,6 +89,41 @@ def test_what_is_kept_is_scaled_up_and_evaluation_is_untouched() -> None:
     with pytest.raises(RuntimeError, match="keys"):
         dropout(x)
     assert torch.equal(dropout.eval()(x), x) and torch.equal(patches.eval()(x), x)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.9])
+def test_whole_branches_are_dropped_independently(share: float) -> None:
+    noise, rows = Noise(), 200_000
+    with noise.using(row_keys(5, torch.arange(rows))):
+        one, other = (PositionDropPath(share, noise, number)(torch.ones(rows, 2, 3)) for number in (3, 4))
+    assert torch.equal(one, one[:, :1, :1].expand_as(one))
+    assert one.unique().tolist() == pytest.approx([0, 1 / (1 - share)])
+    dropped = one[:, 0, 0] == 0
+    counts = [dropped.sum().item(), (~dropped).sum().item()]
+    assert chi_square(counts, [share * rows, (1 - share) * rows]) < LIMITS[1]
+    assert_independent(dropped[1:], dropped[:-1], share)
+    assert_independent(dropped, other[:, 0, 0] == 0, share)
+
+
+def test_drop_path_of_the_libraries_is_replaced() -> None:
+    prepare_torchvision()
+    from timm.layers import DropPath
+    from transformers.models.dinov2.modeling_dinov2 import Dinov2DropPath
+
+    noise, never = Noise(), DropPath(0.0)
+    model = nn.Sequential(DropPath(0.25), DropPath(0.25, scale_by_keep=False), Dinov2DropPath(0.25), never)
+    replace_dropouts(model, noise)
+    assert model[3] is never and all(isinstance(place, PositionDropPath) for place in model[:3])
+    x = torch.ones(64, 2)
+    with noise.using(row_keys(0, torch.arange(64))):
+        assert [place(x).max().item() for place in model] == pytest.approx([4 / 3, 1, 4 / 3, 1])
+    assert torch.equal(model.eval()(x), x)
+
+
+def test_rows_that_are_no_samples_are_refused() -> None:
+    noise = Noise()
+    with noise.using(row_keys(0, torch.arange(2))), pytest.raises(ConfigError, match="8 rows for 2 samples"):
+        PositionDropout(0.5, noise, 1)(torch.ones(8, 3))
 
 
 class Block(nn.Module):

@@ -71,3 +71,21 @@ def test_zero_stages_and_micro_batches_give_the_losses_of_plain_pytorch(plain: n
         np.testing.assert_allclose(np.array(losses)[others], plain[others], rtol=tolerance, err_msg=str(run))
         assert len(skipped) == 1
         assert ("(rank 1: 8)" if run.micro_batches == 1 else "(rank 1: 8, 12)") in skipped[0]
+
+
+def train_alone(world: World) -> list[tuple[Run, list[float]]]:
+    """One process, in which texts' tokens go from the first pass to matching, and their gradients back."""
+    parity.allow_fp16()
+    runs = [Run(stage, count, precision) for stage, precision in ALONE for count in (1, 4)]
+    trained = parity.train_losses(world, runs, 4, parity.Case(fusion="text_to_image", losses=parity.LOSSES))
+    return [(run, losses) for run, (losses, _) in zip(runs, trained, strict=True)]
+
+
+ALONE = [(0, "fp32"), (2, "fp32"), (3, "fp32"), (0, "fp16"), (1, "fp16")]
+
+
+def test_one_process_trains_alike_at_any_stage_in_micro_batches_and_in_fp16() -> None:
+    found = dict(run_on_ranks(train_alone, 1)[0])
+    exact = found[Run(0, 1, "fp32")]
+    for run, losses in found.items():
+        np.testing.assert_allclose(losses, exact, rtol=1e-5 if run.precision == "fp32" else 2e-3, err_msg=str(run))

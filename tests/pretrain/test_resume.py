@@ -4,6 +4,7 @@ import ctypes
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -22,6 +23,7 @@ from lives import (
     events_of,
     keys_of,
     losses_of,
+    stall,
     weights_of,
 )
 from paths import TINY
@@ -142,6 +144,55 @@ def test_files_ask_for_a_save_and_for_a_stop(shards: Path, tmp_path: Path, whole
     assert keys_of(run) == keys_of(whole_run) and losses_of(run) == losses_of(whole_run)
 
 
+def stall_rank_1(run: Path) -> None:
+    stall(1, 4 * 8)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "signal to the rank that has data",
+        pytest.param("signal to the rank that waits", marks=pytest.mark.faults),
+        pytest.param("file", marks=pytest.mark.faults),
+    ],
+)
+def test_a_stop_ends_the_wait_for_data(how: str, shards: Path, tmp_path: Path, whole_run: Path) -> None:
+    run = tmp_path / "run"
+    life = live(shards, run, hook=stall_rank_1)
+    wait_for(lambda: 4 in (losses_of(run) if (run / "metrics.jsonl").exists() else ()), life)
+    time.sleep(0.3)  # it waits by now
+    started_s = time.monotonic()
+    if how == "file":
+        (run / "STOP").touch()
+    else:
+        os.kill(life.processes["waits" in how].pid, signal.SIGTERM)
+    assert life.wait(grace_s=20) == [85, 85], life.stderr()
+    assert time.monotonic() - started_s < 10
+    assert [event["step"] for event in events_of(run, "save")] == [3, 4]
+    life = live(shards, run)
+    assert life.wait() == [0, 0], life.stderr()
+    assert_same_run(run, whole_run)
+
+
+def fail_on_rank_1(run: Path) -> None:
+    from pretrain.data.supply import IndexedSupply
+
+    read = IndexedSupply.read
+
+    def read_or_fail(supply, draw, row: int, attempt: int):
+        if draw.positions[row] >= 4 * 8 and os.environ["RANK"] == "1":
+            raise UserError("the store is gone")
+        return read(supply, draw, row, attempt)
+
+    IndexedSupply.read = read_or_fail
+
+
+def test_data_that_one_rank_cannot_get_ends_the_run_on_all(shards: Path, tmp_path: Path) -> None:
+    life = live(shards, tmp_path / "run", hook=fail_on_rank_1)
+    assert life.wait(grace_s=30) == [2, 2], life.stderr()
+    assert re.search(r"error: rank 1 on \S+ has no data to go on: the store is gone", life.stderr())
+
+
 @pytest.mark.parametrize("name", ["state.json", "weights.safetensors", "zero_pp_rank_1", "mp_rank_00_model"])
 def test_a_damaged_file_is_found_and_the_checkpoint_before_taken(name: str, tmp_path: Path, whole_run: Path) -> None:
     run = copy_run(whole_run, tmp_path / "run")
@@ -179,7 +230,7 @@ def test_a_second_run_in_the_folder_is_refused(shards: Path, tmp_path: Path) -> 
 
 
 class FreezeAfter:
-    """Every rank stands still, as on nodes that have hung, once so many steps are done and before they are saved."""
+    """Every rank stands still, as on nodes that have hung, once so many steps are done."""
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
@@ -190,7 +241,7 @@ class FreezeAfter:
 
 def test_a_life_given_up_that_wakes_leaves_the_run_to_the_next(shards: Path, tmp_path: Path, whole_run: Path) -> None:
     run = tmp_path / "run"
-    first = live(shards, run, hook=FreezeAfter(6))
+    first = live(shards, run, hook=FreezeAfter(5))
     wait_for(lambda: all(is_stopped(process.pid) for process in first.processes), first)
     (run / "run.lock").unlink()  # as a launcher does that has given it up
     second = live(shards, run)

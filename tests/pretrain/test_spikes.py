@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from lives import LifeOfRun, arguments, at_end_of_step, events_of, keys_of, losses_of, weights_of
+from lives import LifeOfRun, arguments, at_end_of_step, events_of, keys_of, losses_of, stall, weights_of
+from parity import allow_fp16
 from ranks import run_on_ranks
 
 from pretrain.checkpoint import gather_weights
@@ -95,6 +96,35 @@ def test_a_rollback_leaves_the_batches_out_for_good(shards: Path, tmp_path: Path
     assert json.loads((run / "checkpoints" / "step_00000008" / "state.json").read_text())["left_out"] == [5, 6]
 
 
+class StopInRollback(Inject):
+    """Rank 0 is asked to stop while the run goes back to step 3, after which rank 1 gets no data."""
+
+    def __call__(self, run: Path) -> None:
+        super().__call__(run)
+        from pretrain import train
+
+        restore = train.restore
+
+        def restore_and_ask(engine, loader, life, *others):
+            life.stop.requested = life.world.is_main
+            stall(1, 0)
+            return restore(engine, loader, life, *others)
+
+        train.restore = restore_and_ask
+
+
+def test_a_stop_right_after_a_rollback(shards: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    rollback = [*WATCHED, "spikes.action=rollback"]
+    life = live(shards, run, *rollback, hook=StopInRollback(1e4, [6]))  # a new run: it restores nothing at its start
+    assert life.wait(grace_s=20) == [85, 85], life.stderr()
+    assert [event["step"] for event in events_of(run, "save")] == [3]
+    assert (events_of(run, "stop")[0]["step"], events_of(run, "stop")[0]["code"]) == (3, 85)
+    life = live(shards, run, *rollback)
+    assert life.wait() == [0, 0], life.stderr()
+    assert_same(run, run_without(shards, tmp_path / "clean", [6]), [6])
+
+
 def test_rollbacks_without_progress_give_up(shards: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     rollback = [*WATCHED, "spikes.action=rollback", "spikes.max_rollbacks=2"]
@@ -171,3 +201,69 @@ def drop_then_step(world: World) -> None:
 
 def test_a_dropped_step_changes_nothing() -> None:
     run_on_ranks(drop_then_step, 2)
+
+
+class Overflow(torch.autograd.Function):
+    """The same value, with gradients that are not finite."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * float("inf")
+
+
+def overflow_for_long(world: World) -> None:
+    """At each stage: the loss scale falls to its least and stays there, with no exception, and no weight changes."""
+    from pretrain.engine import (
+        EngineConfig,
+        apply_gradients,
+        build_engine,
+        can_lower_loss_scale,
+        gradient_norm,
+        loss_scale,
+    )
+
+    allow_fp16()
+    for stage in range(4):
+        model = torch.nn.Linear(8, 4)
+        engine = build_engine(model, EngineConfig(zero_stage=stage, precision="fp16"), 8, world)
+        before, could_fall = gather_weights(engine), []
+        for _ in range(20):
+            engine.backward(Overflow.apply(engine(torch.ones(8, 8, dtype=torch.float16)).float().sum()))
+            could_fall.append(can_lower_loss_scale(engine))
+            assert gradient_norm(engine) == float("inf")
+            assert not apply_gradients(engine)
+        falls = could_fall.count(True)
+        assert 14 <= falls <= 15 and not any(could_fall[falls:])  # from 2^14 to 1, once with DeepSpeed's patience
+        assert loss_scale(engine) == 1
+        assert all(torch.equal(before[name], weight) for name, weight in gather_weights(engine).items())
+
+
+def test_a_loss_scale_at_its_least_raises_nothing() -> None:
+    run_on_ranks(overflow_for_long, 1)
+
+
+def overflow_always(run: Path) -> None:
+    from pretrain import accumulate
+
+    allow_fp16()
+    compute_losses = accumulate.compute_losses
+
+    def overflowing(*others):
+        losses = compute_losses(*others)
+        return losses | {"total": Overflow.apply(losses["total"])}
+
+    accumulate.compute_losses = overflowing
+
+
+def test_gradients_that_never_become_finite_in_fp16_give_up(shards: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    overrides = ["engine.precision=fp16", "train.max_bad_steps=3", "train.duration=40 steps"]
+    life = LifeOfRun(run, arguments(shards, run, *overrides), 1, overflow_always)
+    assert life.wait() == [87], life.stderr()
+    report = json.loads((run / "report.json").read_text())
+    assert "step 18: loss or gradients not finite, as in 3 steps in a row" in report["reason"]
+    assert "the gradients are not" in report["reason"]

@@ -138,16 +138,23 @@ for sample in reader:
 """
 
 
-def test_ctrl_c_ends_the_commands_even_without_close(data):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_commands_end_with_their_process_even_without_close(number, data):
     word = f"62.{os.getpid()}"
-    command = [sys.executable, "-c", INTERRUPTED, f"pipe:cat {data}/00000.tar; sleep {word}"]
+    command = [sys.executable, "-c", INTERRUPTED, f"pipe:cat {data}/00000.tar; sleep {word} | cat; true"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline().startswith("0_0_")
     wait_for(lambda: len(find_processes(word)) >= 3)  # ours and two shells
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     process.communicate(timeout=60)
     wait_for(lambda: not find_processes(word))
+
+
+def test_a_command_may_wait_for_its_own_jobs(data, stream):
+    started_s = time.monotonic()
+    command = f'pipe:cat {data}/00000.tar & wait; read -r line; test -z "$line" || exit 1'
+    assert len(take(stream(command, shuffle_samples=1, timeout_s=5.0), 30)) == 30 and time.monotonic() - started_s < 20
 
 
 def test_paths_are_expanded_as_webdataset_does(monkeypatch):

@@ -16,7 +16,7 @@ from pretrain.config import ConfigError, check_config
 from pretrain.engine import EngineConfig, parameter_groups
 from pretrain.model.blocks import checkpoint_blocks, compile_blocks, find_blocks, learning_rate_scales, no_contexts
 from pretrain.model.fusion import FUSIONS
-from pretrain.model.model import ImageTextModel, ModelConfig, build_model
+from pretrain.model.model import ImageTextModel, ModelConfig, build_model, check_towers
 from pretrain.model.towers import IMAGE_TOWERS, TEXT_TOWERS, GlobalBatchNorm2d
 from pretrain.torchvision_ops import prepare_torchvision
 from pretrain.world import World
@@ -204,6 +204,8 @@ def test_patches_are_dropped_in_training(name: str) -> None:
     ({"kind": "timm", "name": "test_vit", "settings": {"depht": 1}}, "depht"),
     (IMAGES["siglip_vision_model"] | {"patch_dropout": 0.5}, "no class token"),
     (IMAGES["timm resnet"] | {"patch_dropout": 0.5}, "no class token"),
+    ({"kind": "timm", "name": "test_vit", "settings": {"attn_drop_rate": 0.1}}, "attention weights cannot be dropped"),
+    ({"kind": "timm", "name": "test_vit", "settings": {"patch_drop_rate": 0.1}}, "model.image.patch_dropout"),
     ({"kind": "huggingface", "config": {"model_type": "vti"}}, "cannot read this config"),
     ({"kind": "huggingface"}, "give either name .* or config with a model_type"),
     ({"kind": "huggingface", "config": {"model_type": "vit", "hiden_size": 8}}, "config.hiden_size.* 'hidden_size'"),
@@ -222,6 +224,46 @@ def test_a_vocabulary_too_small_for_the_tokenizer_is_refused() -> None:
     assert (
         build_text_tower("bert_", config={"model_type": "bert", **SIZES}).inner.config.vocab_size == parity.VOCAB_SIZE
     )
+
+
+def test_texts_longer_than_the_positions_are_refused() -> None:
+    """32 positions; RoBERTa's first two are never used."""
+    for name, most in {"bert_": 32, "roberta": 30, "electra": 32}.items():
+        tower = build_text_tower(name, context_length=most)
+        ids = torch.full((2, most), 7)
+        assert tower(ids, torch.ones_like(ids, dtype=torch.bool)).pooled.shape == (2, EMBED)
+        longer = f"is {most + 1}, but|{most + 1}, but .* {most} tokens. .*max_position_embeddings=33"
+        with pytest.raises(ConfigError, match=longer):
+            build_text_tower(name, context_length=most + 1)
+
+
+XLM = {"model_type": "xlm", "emb_dim": 32, "n_layers": 2, "n_heads": 2, "max_position_embeddings": 64}
+SWIN = {"model_type": "swin", "embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2], "patch_size": 2, "window_size": 4}
+
+
+@pytest.mark.parametrize(("side", "tower", "message"), [
+    ("text", {"config": XLM}, "dropped by torch's generator, .* model.text.config.dropout, "),
+    ("text", {"config": XLM | {"dropout": 0.0}}, None),
+    ("text", {"config": {"model_type": "t5", "d_model": 32, "num_layers": 1}}, "cannot be run on a batch: ValueError: You"),
+    ("image", {"config": SWIN}, None),  # with stochastic depth, by its own default
+    ("image", {"config": SWIN | {"hidden_dropout_prob": 0.1}}, "rows for 2 samples .* such as windows"),
+    ("image", {"kind": "timm", "name": "test_resnet", "settings": {"drop_rate": 0.1}}, "model.image.settings.drop_rate$"),
+    ("image", {"kind": "timm", "name": "test_resnet", "settings": {"drop_path_rate": 0.1}}, None),
+])  # fmt: skip
+def test_towers_that_draw_otherwise_or_cannot_run_are_refused(side: str, tower: dict, message: str | None) -> None:
+    tower = tower if "kind" in tower else {"kind": "huggingface", "pooling": "mean"} | tower
+    tower |= {"image_size": 32} if side == "image" else {"context_length": 12}
+    values = {"embed_dim": EMBED, "image": IMAGES["vit"], "text": TEXTS["bert"], side: tower}
+    model = build_model(check_config(values, ModelConfig, "test"), parity.TOKENIZER).train()
+    buffers, state = [buffer.clone() for buffer in model.buffers()], torch.get_rng_state()
+    if message is None:
+        check_towers(model)
+    else:
+        with pytest.raises(ConfigError, match=message) as error:
+            check_towers(model)
+        assert "\n" not in str(error.value)
+    assert all(torch.equal(now, then) for now, then in zip(model.buffers(), buffers, strict=True))
+    assert torch.equal(torch.get_rng_state(), state) and all(module.training for module in model.modules())
 
 
 def test_blocks_are_found_in_every_tower() -> None:

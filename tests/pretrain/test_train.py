@@ -19,7 +19,6 @@ from pretrain import life
 from pretrain.__main__ import main
 from pretrain.config import ConfigError, load_config
 from pretrain.data.loader import Loader
-from pretrain.torchvision_ops import prepare_torchvision
 from pretrain.train import RunConfig, check_micro_batches, find_checkpoint
 from pretrain.world import World
 
@@ -83,6 +82,13 @@ def test_a_run_explains_itself(whole_run: Path) -> None:
     assert "--ranks" not in (whole_run / "config.yaml").read_text()
     assert "pretrain" in (whole_run / "commands.txt").read_text()
     assert "torch" in json.loads((whole_run / "versions.json").read_text())
+    (code,) = whole_run.glob("code-*.zip")
+    assert code.name in (whole_run / "commands.txt").read_text()
+    places = "import data_tools.files, pretrain.config; print(data_tools.files.__file__, pretrain.config.__file__)"
+    command = [sys.executable, "-c", places]
+    environment = {**os.environ, "PYTHONPATH": str(code)}
+    found = subprocess.run(command, cwd=whole_run, env=environment, capture_output=True, text=True)
+    assert found.stdout.count(str(code)) == 2, found.stderr
     assert list((whole_run / "tensorboard").glob("events*"))
     names = [path.name for path in sorted((whole_run / "checkpoints").iterdir())]
     assert names == ["step_00000006", "step_00000008"]  # each third step and the last; the two newest are kept
@@ -191,11 +197,23 @@ def test_check_prints_the_resolved_config(capfd: pytest.CaptureFixture) -> None:
         (["losses.sigmoid={}"], "set model.init_logit_bias"),
         (["model.init_logit_bias=-10.0"], "init_logit_bias would not be trained"),
         (["losses.matching.ramp={start: 1.0}"], "losses.matching.ramp.steps: is missing"),
+        (["losses.distill={teacher: t, logits: 0, cosine: 0}"], "losses.distill: logits and cosine are both 0"),
+        (
+            ["losses.contrastive.weight=0", "losses.matching=null", "model.fusion=null"],
+            "contrastive is 0 in every step",
+        ),
+        (["losses.matching.weight=0"], "losses.matching.weight is 0 in every step, so its head"),
     ],
 )
 def test_losses_that_do_not_fit_the_model_are_refused(overrides: list[str], part: str) -> None:
     with pytest.raises(ConfigError, match=part):
         load_config(TINY, overrides, RunConfig)
+
+
+def test_a_loss_that_counts_in_some_step_or_is_only_measured_is_no_mistake() -> None:
+    alone = ["losses.matching=null", "model.fusion=null", "losses.contrastive.weight=0"]
+    load_config(TINY, [*alone, "losses.contrastive.ramp={start: 1.0, steps: 4}"], RunConfig)
+    load_config(TINY, [*alone, "losses.momentum={}"], RunConfig)
 
 
 def test_micro_batches_must_be_equal_and_meet_no_batch_normalisation() -> None:
@@ -204,15 +222,10 @@ def test_micro_batches_must_be_equal_and_meet_no_batch_normalisation() -> None:
         check_micro_batches(plain, size, 12)
     with pytest.raises(ConfigError, match="5 does not divide the 12"):
         check_micro_batches(plain, 5, 12)
-    prepare_torchvision()
-    from timm.layers import DropPath
-
-    check_micro_batches(torch.nn.Sequential(DropPath(0.0)), 6, 12)
-    with pytest.raises(ConfigError, match="drop_path_rate"):
-        check_micro_batches(torch.nn.Sequential(DropPath(0.1)), 6, 12)
     check_micro_batches(normalised, 12, 12)
     with pytest.raises(ConfigError, match="batch normalisation"):
         check_micro_batches(normalised, 6, 12)
+    check_micro_batches(normalised.eval(), 6, 12)  # as a frozen one is
 
 
 SMALL = [

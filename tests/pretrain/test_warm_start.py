@@ -2,6 +2,7 @@
 
 import logging
 import pickle
+import shutil
 from pathlib import Path
 
 import parity
@@ -324,6 +325,17 @@ def test_a_source_that_is_not_there_is_said_in_one_line(source: dict, message: s
     with pytest.raises(UserError, match=message) as error:
         start(build(IMAGE, TEXT), source)
     assert "\n" not in str(error.value)
+
+
+def test_a_broken_file_of_transformers_is_said_in_one_line(clip: tuple[nn.Module, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(clip[1], tmp_path / "clip")
+    path = folder / "model.safetensors"
+    whole = path.read_bytes()
+    for content in (whole[:100], whole[:-100], b"\xff" * 64, b""):
+        path.write_bytes(content)
+        with pytest.raises(ConfigError, match=f"cannot load '{folder}'") as error:
+            start(build(IMAGE, TEXT), {"kind": "huggingface", "name": str(folder)})
+        assert "\n" not in str(error.value)
 
 
 def test_a_source_that_fills_nothing_or_does_not_fit_is_refused(tmp_path: Path) -> None:

@@ -48,16 +48,16 @@ def skip_a_collective(run: Path) -> None:
     another size than it waits for, and ends the process before anybody hangs."""
     from pretrain.life import Life
 
-    plain, group = Life.asks, None
+    plain, group = Life.wait_for, None
 
-    def asks(life):
+    def wait_for(life, *others, **named):
         nonlocal group
         group = group or dist.new_group(backend="gloo")
         if life.watch.step >= HANG_AFTER and not is_guilty(run):
             dist.barrier(group=group)
-        return plain(life)
+        return plain(life, *others, **named)
 
-    Life.asks = asks
+    Life.wait_for = wait_for
 
 
 def stick_in_data(run: Path) -> None:
@@ -154,3 +154,15 @@ def test_limits_follow_the_median_step(tmp_path: Path, monkeypatch: pytest.Monke
     watch.enter("data", 8)
     watch.enter("data", 9)
     assert watch.limit_s() == 40 and max(watch.step_s) == 50 and len(watch.step_s) == 8
+
+
+@pytest.mark.parametrize(
+    ("rank", "size", "progress_s", "look_s"),
+    [(0, 4096, 1.0, 2.0), (1, 100, 1.0, 0.25), (1, 400, 4.0, 1.0), (9, 4096, 10.0, 2.0)],
+)
+def test_many_ranks_ask_less_of_the_file_system(
+    rank: int, size: int, progress_s: float, look_s: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(World, "share", lambda world, value: value)
+    watch = Watch(tmp_path, WatchConfig(), World(rank, size), RunLock(tmp_path / LOCK, ""))
+    assert (watch.progress_s, watch.look_s) == (progress_s, look_s)

@@ -15,12 +15,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from data_tools.errors import UserError
-from data_tools.files import write_atomic
+from data_tools.files import lock_folder, write_atomic
 from data_tools.shards import Manifest, write_shard
 from pretrain import checkpoint
 from pretrain.__main__ import main
 from pretrain.config import check_config, render_config
 from pretrain.data.decode import eval_crop
+from pretrain.data.loader import DataConfig
 from pretrain.data.text import build_tokenizer
 from pretrain.export import EXPORTS, export_run, load
 from pretrain.export.compare import build_probes, draw_picture, is_cropped_aside
@@ -29,7 +30,7 @@ from pretrain.model.towers import unit
 from pretrain.randomness import generator
 from pretrain.restore import load_run
 from pretrain.torchvision_ops import prepare_torchvision
-from pretrain.train import RunConfig
+from pretrain.train import RunConfig, load_run_config
 
 prepare_torchvision()
 
@@ -589,6 +590,40 @@ def test_probes_use_the_run_s_own_pairs_where_they_still_are(build_run, tmp_path
     gone = config.model_copy(update={"data": config.data.model_copy(update={"path": str(tmp_path / "gone")})})
     assert build_probes(gone).captions == [] and build_probes(gone).drawn[3].shape == probes.drawn[3].shape
     assert not any(is_cropped_aside(picture, 32) for picture in probes.drawn)
+
+
+def test_a_run_of_several_datasets_is_exported(build_run, tmp_path, capsys):
+    run = write_run_without_fusion(build_run("vit", "clip", "clip"), tmp_path / "run")
+    config = load_run_config(run)
+    datasets = [{"path": "gone/first", "weight": 1}, {"path": config.data.path, "weight": 2}]
+    blend = config.model_copy(update={"data": DataConfig(datasets=datasets)})
+    write_atomic(run / "config.yaml", render_config(blend).encode())
+    assert export(run, "native", tmp_path / "export") == 0
+    assert "5 of the pictures and texts are from first, train;" in capsys.readouterr().out
+    assert "| trained on | first, train |" in (tmp_path / "export" / "README.md").read_text()
+
+
+def test_what_a_killed_export_has_left_is_removed_and_a_living_one_is_not(build_run, tmp_path, monkeypatch, capsys):
+    run, names = (
+        build_run("vit", "clip", "clip"),
+        [".export.01234567.tmp", ".export.89abcdef.tmp", ".other.01234567.tmp"],
+    )
+    for name in names:
+        (tmp_path / name / "text_model").mkdir(parents=True)
+    with lock_folder(tmp_path / names[1]):
+        assert export(run, "native", tmp_path / "export") == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"export", *names[1:]}
+
+    def write_meanwhile(folder):
+        (tmp_path / "second").mkdir(exist_ok=True)
+        (tmp_path / "second" / "file").touch()
+        return reload(folder)
+
+    reload = EXPORTS["native"].reload
+    monkeypatch.setattr(EXPORTS["native"], "reload", write_meanwhile)
+    assert export(run, "native", tmp_path / "second") == 2
+    assert "is not empty" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "second").iterdir()] == ["file"]
 
 
 def test_real_pairs_are_not_needed(build_run, tmp_path, capsys):

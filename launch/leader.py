@@ -407,7 +407,6 @@ class Leader:
 
     def start_life(self, nodes: list[str]) -> None:
         self.active, self.master, self.training, self.ended_s, self.frozen_rank = nodes, None, False, None, None
-        self.shared.ranks = [0]
 
         def begin() -> tuple[int | None, int]:
             life = self.shared.claim_life(self.life + 1 if self.life else None, self.generation)

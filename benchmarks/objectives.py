@@ -11,8 +11,8 @@ memory   Peak bytes of the forward and backward of the contrastive loss for 256 
          given back, from counting.
 bytes    What a rank receives in a step for matching negatives at G = 32,768, counted in the collectives of our code, beside
          gathering the image tokens of a ViT-B/16 in bf16, as BLIP-2 does (and once more for their gradients).
-time     Steps of contrastive and matching losses with 8 micro-batches over steps with the whole batch, in turns; and steps
-         with momentum towers and a queue of 65,536 over steps without.
+time     Steps of contrastive and matching losses with 8 micro-batches over steps with the whole batch, in turns, and their
+         matrix products (FLOPs), which other work on the machine does not change; and steps with momentum towers and a queue of 65,536 over steps without.
 """
 
 import argparse
@@ -24,6 +24,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from data_tools.errors import UserError, run_command
 from pretrain.__main__ import positive
@@ -195,12 +197,13 @@ def show_time(options: argparse.Namespace) -> None:
     )
     print(f"{'':<26} {'whole':>8} {f'{MICRO_BATCHES} parts':>8}   times as long (rounds)")
     for matching in (False, True):
-        whole, cut = time_steps(options, world, size, matching)
+        whole, cut, products = time_steps(options, world, size, matching)
         ratios = [one / other for one, other in zip(cut, whole, strict=True)]
         name = "contrastive and matching" if matching else "contrastive alone"
         middle = [statistics.median(values) for values in (whole, cut, ratios)]
         print(
-            f"{name:<26} {middle[0]:8.3f} {middle[1]:8.3f}   {middle[2]:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+            f"{name:<26} {middle[0]:8.3f} {middle[1]:8.3f}   {middle[2]:.2f} ({min(ratios):.2f} to {max(ratios):.2f}), "
+            f"FLOPs {products:.2f}"
         )
     print(f"{'':<26} {'without':>8} {'with':>8}   times as long (rounds)")
     without, momentum = time_momentum(options, world, size)
@@ -235,8 +238,10 @@ def build_step(options: argparse.Namespace, world: World, size: int, matching: b
     return engine, batch
 
 
-def time_steps(options: argparse.Namespace, world: World, size: int, matching: bool) -> tuple[list[float], list[float]]:
-    """Seconds of steps with the whole batch, and in micro-batches, in turns."""
+def time_steps(
+    options: argparse.Namespace, world: World, size: int, matching: bool
+) -> tuple[list[float], list[float], float]:
+    """Seconds of steps with the whole batch, and in micro-batches, in turns; and how many times the FLOPs these take."""
     engine, batch = build_step(options, world, size, matching)
     losses = LossesConfig(matching=MatchingConfig() if matching else None)
 
@@ -245,8 +250,16 @@ def time_steps(options: argparse.Namespace, world: World, size: int, matching: b
         apply_gradients(engine)
 
     times = time_in_turns(options, lambda: step(1), lambda: step(MICRO_BATCHES))
+    products = count_products(lambda: step(MICRO_BATCHES)) / count_products(lambda: step(1))
     engine.destroy()
-    return times
+    return *times, products
+
+
+def count_products(step: Callable[[], None]) -> int:
+    """FLOPs of a step. The counter does not know all fused attentions, so it is shown the plain one."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        step()
+    return counter.get_total_flops()
 
 
 def time_momentum(options: argparse.Namespace, world: World, size: int) -> tuple[list[float], list[float]]:

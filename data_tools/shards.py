@@ -523,21 +523,27 @@ class _OpenShard:
 
     def read(self, place: int) -> RawSample:
         start, end = int(self._offsets[place]), int(self._offsets[place + 1])
-        where = f"{self._path}: sample {place} of {self._info.samples}, bytes {start} to {end}"
-        advice = f"Restore {self._info.name} from a copy, or delete {MANIFEST_NAME} and this shard and build again"
         data = self._file.read(start, end)
         if len(data) < end - start:
-            raise ShardError(f"{where}: the file ends after {len(data)} of {end - start} bytes. {advice}")
+            raise self._describe(place, f": the file ends after {len(data)} of {end - start} bytes")
         try:
             members = parse_members(data)
         except TarError as error:
-            raise ShardError(f"{where}: at byte {start + error.offset} {error.text}. {advice}") from None
-        names = {split_name(name): content for name, content in members.items() if is_sample_file(name)}
-        keys = {key for key, _ in names}
+            raise self._describe(place, f": at byte {start + error.offset} {error.text}") from None
+        fields, keys = {}, set()
+        for name, content in members.items():
+            if is_sample_file(name):
+                key, extension = split_name(name)
+                fields[extension] = content
+                keys.add(key)
         if len(keys) != 1:
-            raise ShardError(f"{where}: found the members of {len(keys)} keys, valid is one. {advice}")
-        fields = {extension: content for (_, extension), content in names.items()}
+            raise self._describe(place, f": found the members of {len(keys)} keys, valid is one")
         return RawSample(self._name_key(keys.pop()), self._info.name, fields, (self._number, place))
+
+    def _describe(self, place: int, problem: str) -> ShardError:
+        where = f"sample {place} of {self._info.samples}, bytes {self._offsets[place]} to {self._offsets[place + 1]}"
+        advice = f"Restore {self._info.name} from a copy, or delete {MANIFEST_NAME} and this shard and build again"
+        return ShardError(f"{self._path}: {where}{problem}. {advice}")
 
 
 class ShardWriter:

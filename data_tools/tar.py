@@ -11,6 +11,7 @@ Sources: POSIX.1-1988 (ustar), POSIX.1-2017 (pax), the GNU tar 1.35 manual ("Bas
 """
 
 import re
+import zlib
 from collections.abc import Callable, Generator
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ MAX_MEMBER_BYTES = 8**11 - 1
 _HEADER_AFTER_MODE = b"0000000\0" + b"0000000\0"  # owner and group number
 _HEADER_AFTER_CHECKSUM = b"0" + bytes(100) + b"ustar\x0000" + bytes(32) + bytes(32) + bytes(8) + bytes(8) + bytes(167)
 _EMPTY_CHECKSUM = b" " * 8
+_EMPTY_SUM = sum(_EMPTY_CHECKSUM)
 _HEADER_AFTER_NAME = b"0000644\0" + _HEADER_AFTER_MODE
 _MODIFICATION_TIME = b"%011o\0" % 0
 _CONSTANT_SUM = sum(_HEADER_AFTER_NAME + _MODIFICATION_TIME + _EMPTY_CHECKSUM + _HEADER_AFTER_CHECKSUM)
@@ -171,11 +173,41 @@ def parse_members(data: bytes) -> dict[str, bytes]:
     Every header's checksum is verified. Raises TarError for a damaged header, a link or a device, a name given twice,
     or data that ends too early.
     """
-    members: dict[str, bytes] = {}
+    members = _parse_plain(data)
+    if members is not None:
+        return members
+    members = {}
     for member in walk_members(lambda start, end: data[start:end], len(data), is_part=True):
         if member.name in members:
             raise TarError(f"member {member.name} is there twice", member.offset)
         members[member.name] = data[member.start : member.start + member.size]
+    return members
+
+
+def _parse_plain(data: bytes) -> dict[str, bytes] | None:
+    """The same of what almost every sample is: sound regular files of short ASCII names, in a quarter of the time. None where there
+    is anything else, be it only unusual."""
+    members: dict[str, bytes] = {}
+    position, total = 0, len(data)
+    while position < total:
+        header = data[position : position + BLOCK_BYTES]
+        octal, checksum = header[124:135], header[148:154]
+        start = position + BLOCK_BYTES
+        if start > total or header[156:157] not in (b"0", b"\0") or not (octal.isdigit() and checksum.isdigit()):
+            return None
+        if header[154:156] != b"\0 " or (header[257:262] == b"ustar" and header[345]):
+            return None
+        try:
+            size, stored = int(octal, 8), int(checksum, 8)
+            name = header[:MAX_NAME_BYTES].partition(b"\0")[0].decode("ascii")
+        except ValueError:
+            return None
+        if stored != _add_up(header) - sum(header[148:156]) + _EMPTY_SUM:
+            return None
+        if not name or name.endswith("/") or name in members or start + size > total:
+            return None
+        members[name] = data[start : start + size]
+        position = start + size + -size % BLOCK_BYTES
     return members
 
 
@@ -196,7 +228,7 @@ def _parse_header(header: bytes, position: int) -> tuple[bytes, int, bytes]:
     if len(header) < BLOCK_BYTES:
         raise TarError(f"the header has {len(header)} of {BLOCK_BYTES} bytes", position)
     stored = _parse_number(header[148:156])
-    computed = sum(header) - sum(header[148:156]) + sum(_EMPTY_CHECKSUM)
+    computed = _add_up(header) - sum(header[148:156]) + _EMPTY_SUM
     if stored != computed:
         # Some old writers summed signed bytes.
         checked = header[:148] + header[156:]
@@ -209,6 +241,13 @@ def _parse_header(header: bytes, position: int) -> tuple[bytes, int, bytes]:
     if header[257:263] == b"ustar\0" and header[345] != 0:
         name = header[345:500].partition(b"\0")[0] + b"/" + name
     return header[156:157], size, name
+
+
+def _add_up(header: bytes) -> int:
+    """The sum of a block's bytes. Adler-32 has it in its lower half, plus one and modulo 65,521, which half a block's is below: a
+    fiftieth of the time that `sum` takes."""
+    half = BLOCK_BYTES // 2
+    return (zlib.adler32(header[:half]) & 0xFFFF) + (zlib.adler32(header[half:]) & 0xFFFF) - 2
 
 
 def _parse_number(field: bytes) -> int | None:

@@ -37,7 +37,7 @@ class Identity(NamedTuple):
 class Batch:
     """One rank's pairs of one global batch."""
 
-    image: Tensor  # [B,3,H,W] uint8; normalised on the device, by the model
+    image: Tensor  # [B,3,H,W] uint8, of whatever memory format; normalised on the device, by the model
     ids: Tensor  # [B,L] int64 token ids
     mask: Tensor  # [B,L] bool, True = a real token
     image_id: Tensor  # [B] int64, equal for the same picture

@@ -5,8 +5,11 @@ cannot writes a file of its own, events.rank-00003.jsonl, and `read_events` read
 """
 
 import contextlib
+import errno
 import fcntl
+import heapq
 import json
+import logging
 import os
 import secrets
 import socket
@@ -22,6 +25,9 @@ if TYPE_CHECKING:  # `python -m launch report` reads events without torch
 
 EVENTS = "events.jsonl"
 LOCK = "run.lock"
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)  # Lustre that is mounted without says the first
+
+log = logging.getLogger(__name__)
 
 
 class Events:
@@ -39,19 +45,25 @@ class Events:
                 line = "\n" + line
             os.write(descriptor, line.encode())
             os.fsync(descriptor)
+        except OSError as error:
+            error.filename = str(self.path)
+            raise
         finally:
             os.close(descriptor)
 
 
 def read_events(run: str | Path) -> list[dict[str, Any]]:
-    """All events of a run in the order in which they were written, without lines that a crash cut short."""
-    found, paths = [], sorted(Path(run).glob("events*.jsonl"))
-    for path in paths:
+    """All events of a run in the order in which they were written, without lines that a crash cut short or that say
+    nothing."""
+    stories = []
+    for path in sorted(Path(run).glob("events*.jsonl")):
+        stories.append([])
         for line in path.read_bytes().splitlines():
-            with contextlib.suppress(ValueError):
-                found.append(json.loads(line))
-    # A clock that was set back must not turn the story round: only files of other ranks are sorted in, by time.
-    return found if len(paths) < 2 else sorted(found, key=lambda event: event["time"])
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                event = json.loads(line)
+                stories[-1].append({**event, "time": float(event["time"]), "event": str(event["event"])})
+    # A clock that was set back must not turn a story round: those of other ranks are put in between, by time.
+    return list(heapq.merge(*stories, key=lambda event: event["time"]))
 
 
 class RunTaken(Exception):
@@ -92,7 +104,12 @@ def lock_run(run: str | Path, world: "World") -> Iterator[RunLock]:
         try:
             Path(run).mkdir(parents=True, exist_ok=True)
             descriptor = os.open(Path(run) / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                log.warning("%s: this file system has no locks, so a second run in this folder is not refused", run)
             os.truncate(descriptor, 0)
             os.pwrite(descriptor, words.encode(), 0)
         except BlockingIOError:
@@ -159,7 +176,7 @@ def divide(events: list[dict[str, Any]], now_s: float) -> list[tuple[str, float,
             if not alive:
                 spans.append(("restart", last_s, end_s))
             elif name == "save":
-                stall_s = min(end_s - last_s, event["stall_s"])
+                stall_s = min(end_s - last_s, event.get("stall_s", 0.0))
                 unsaved.append((last_s, end_s - stall_s))
                 settle("productive")
                 spans.append(("checkpoint", end_s - stall_s, end_s))

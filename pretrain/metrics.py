@@ -47,7 +47,11 @@ class Metrics:
         """Record `values` after `step` steps done."""
         if not self.enabled:
             return
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        try:
+            self.file.write(json.dumps({"step": step, **values}) + "\n")
+        except OSError as error:
+            error.filename = self.file.name
+            raise
         for name, value in values.items():
             self.board.add_scalar(name, value, step)
         text = f"loss {values['loss/total']:.3f}, {values['rate/samples_per_s']:.1f} samples/s"
@@ -120,10 +124,10 @@ class Clock:
 
 
 def step_of(line: bytes) -> float:
-    """The step of a metrics line; infinite for one that a crash cut short."""
+    """The step of a metrics line; infinite for one that a crash cut short, and for what is none."""
     try:
-        return json.loads(line)["step"]
-    except ValueError:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
         return float("inf")
 
 

@@ -9,7 +9,10 @@ import math
 import statistics
 from collections import deque
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
+
+import pydantic
+from typing_extensions import TypedDict
 
 from data_tools.errors import UserError
 from data_tools.files import write_json_atomic
@@ -75,23 +78,33 @@ def robust_limit(known: list[float], threshold: float) -> float:
     return median + threshold * max(deviation, abs(median) / 1000)
 
 
-class LeftOut:
-    """The steps that are left out, on record in RUN/left_out.json, so that every later life leaves them out too.
+class LeftOutEntry(TypedDict):
+    steps: list[int]
+    spike: int  # the step because of which
+    to: int  # step of the checkpoint to which the run went back
+    reason: str
+    keys: list[str]  # of the spike's batch
 
-    Each entry: {"steps": [...], "spike": step, "to": step of the checkpoint, "reason": text, "keys": [...]}.
-    """
+
+class LeftOut:
+    """The steps that are left out, on record in RUN/left_out.json, so that every later life leaves them out too."""
 
     def __init__(self, run: str | Path) -> None:
         self.path = Path(run) / LEFT_OUT
         try:
-            self.entries: list[dict[str, Any]] = json.loads(self.path.read_text()) if self.path.exists() else []
-            self.steps = {step for entry in self.entries for step in entry["steps"]}
-        except (ValueError, KeyError, TypeError) as error:
+            found = json.loads(self.path.read_text()) if self.path.exists() else []
+            self.entries = pydantic.TypeAdapter(list[LeftOutEntry]).validate_python(found)
+        except ValueError as error:  # pydantic's is one, too
+            reason = str(error)
+            if isinstance(error, pydantic.ValidationError):
+                first = error.errors()[0]
+                reason = f"{'.'.join(map(str, first['loc'])) or 'all of it'}: {first['msg']}"
             raise UserError(
-                f"{self.path}: not the record of steps that are left out: {error}. Restore or remove it"
+                f"{self.path}: not the record of steps that are left out: {reason}. Restore or remove it"
             ) from None
+        self.steps = {step for entry in self.entries for step in entry["steps"]}
 
-    def add(self, entry: dict[str, Any], limit: int, write: bool) -> None:
+    def add(self, entry: LeftOutEntry, limit: int, write: bool) -> None:
         """Put a rollback on record. Raises GiveUp when `limit` have led to the same checkpoint before."""
         before = [other for other in self.entries if other["to"] == entry["to"]]
         if len(before) >= limit:

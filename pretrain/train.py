@@ -223,6 +223,7 @@ def train_steps(config: RunConfig, life: Life, world: World) -> int:
                 if spike and (target := life.rollback_target(saver)):
                     life.roll_back(step + 1, target, spike, batch)
                     batches.close()
+                    drop_gradients(engine)  # which the first step after would else add to its own, at ZeRO 0 and 3
                     step, extra = restore(engine, loader, life, target, identity)
                     saved_step = step
                     momentum, ema = build_momentum(extra), build_ema(extra)

@@ -1,4 +1,4 @@
-"""What training does to a picture: a crop, a flip, changes of shape and colour. All uint8, all drawn from one generator.
+"""What training does to a picture: a crop, a flip, changes of shape and colour. All uint8, all drawn from (seed, position).
 
 Each transform has a row of draws of its own, whether it is on or off, so that switching one does not change what the
 others do. The order is crop, flip, policy, colour jitter, grey. Operations give what Pillow's give, hence open_clip's.
@@ -19,6 +19,7 @@ from torch import Tensor
 from data_tools.errors import suggest
 from pretrain.config import ConfigModel
 from pretrain.data.decode import Box, cut_out, open_picture
+from pretrain.randomness import uniform
 
 _DRAWS = 48  # of each transform, enough for 10 attempts at a crop with 4 each
 _CROP_ATTEMPTS = 10
@@ -98,12 +99,11 @@ class AugmentConfig(ConfigModel):
         return ratio
 
 
-def train_pixels(encoded: bytes, size: int, augment: AugmentConfig, generator: np.random.Generator) -> Tensor:
-    """[3,S,S] uint8 of an encoded picture. Safe in threads, each call with its own `generator`.
+def train_pixels(encoded: bytes, size: int, augment: AugmentConfig, draws: "Draws") -> Tensor:
+    """[3,S,S] uint8 of an encoded picture, channels last in memory. Safe in threads.
 
     The result depends on the arguments alone. Raises BadSample for bytes that are not a whole picture.
     """
-    draws = draw(generator)
     picture = open_picture(encoded)
     pixels = cut_out(picture, choose_box(picture.height, picture.width, augment, draws.crop), size)
     if draws.flip[0] < augment.flip:
@@ -113,7 +113,7 @@ def train_pixels(encoded: bytes, size: int, augment: AugmentConfig, generator: n
         changes.append(("saturation", 0.0))
     if changes:
         pixels = change(pixels.transpose(1, 2, 0), changes).transpose(2, 0, 1)
-    return torch.from_numpy(np.ascontiguousarray(pixels))
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(1, 2, 0))).permute(2, 0, 1)
 
 
 def change(pixels: np.ndarray, changes: list[Change]) -> np.ndarray:
@@ -137,8 +137,12 @@ class Draws(NamedTuple):
     grey: np.ndarray
 
 
-def draw(generator: np.random.Generator) -> Draws:
-    return Draws(*generator.random((len(Draws._fields), _DRAWS)))
+def draw(seed: int, positions: np.ndarray) -> list[Draws]:
+    """Those of the samples at `positions` [n]. All at once: to set up a generator for each would take longer than to decode a
+    small picture."""
+    count = len(Draws._fields) * _DRAWS
+    drawn = uniform(seed, "augment", np.asarray(positions)[:, None] * count + np.arange(count))
+    return [Draws(*numbers) for numbers in drawn.reshape(-1, len(Draws._fields), _DRAWS)]
 
 
 def choose_box(height: int, width: int, augment: AugmentConfig, draws: np.ndarray) -> Box:
@@ -151,9 +155,10 @@ def choose_box(height: int, width: int, augment: AugmentConfig, draws: np.ndarra
     if augment.mode == "center_crop":
         return center_box(height, width, 1.0)
     least, greatest = augment.crop_ratio
-    for area, ratio, down, across in draws[: 4 * _CROP_ATTEMPTS].reshape(_CROP_ATTEMPTS, 4).tolist():
-        pixels = height * width * interpolate(augment.crop_scale, area)
-        ratio = math.exp(interpolate([math.log(least), math.log(greatest)], ratio))
+    area, shapes, numbers = height * width, [math.log(least), math.log(greatest)], draws[: 4 * _CROP_ATTEMPTS].tolist()
+    for attempt in range(0, 4 * _CROP_ATTEMPTS, 4):
+        share, shape, down, across = numbers[attempt : attempt + 4]
+        pixels, ratio = area * interpolate(augment.crop_scale, share), math.exp(interpolate(shapes, shape))
         box_width, box_height = round(math.sqrt(pixels * ratio)), round(math.sqrt(pixels / ratio))
         if 0 < box_width <= width and 0 < box_height <= height:
             top, left = int(down * (height - box_height + 1)), int(across * (width - box_width + 1))

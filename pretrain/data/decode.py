@@ -20,7 +20,6 @@ from typing import NamedTuple
 import numpy as np
 import simplejpeg
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -125,7 +124,8 @@ def decode_image(encoded: bytes) -> np.ndarray:
 
 
 def cut_out(picture: Picture, box: Box, size: int) -> np.ndarray:
-    """[3,S,S] uint8: the part `box` of the upright picture, resized. Raises BadSample for damaged pixels."""
+    """[3,S,S] uint8, channels last in memory: the part `box` of the upright picture, resized. Raises BadSample for damaged
+    pixels."""
     part, turn = decode_part(picture, box, size)
     return _turn(resize(part, size, size), turn, rows=1)
 
@@ -168,18 +168,21 @@ def eval_crop(image: np.ndarray, size: int) -> Tensor:
     else:
         height, width = int(size * height / width), size
     check_size(width, height)
-    resized = torch.from_numpy(resize(image, height, width))
+    resized = resize(image, height, width)
     top, left = round((height - size) / 2), round((width - size) / 2)
-    return resized[:, top : top + size, left : left + size]
+    return torch.from_numpy(np.ascontiguousarray(resized[:, top : top + size, left : left + size]))
 
 
 def resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """[H,W,3] uint8 -> [3,height,width] uint8, bicubic with antialiasing. Contiguous, and not the memory of `pixels`."""
+    """[H,W,3] uint8 -> [3,height,width] uint8, bicubic with antialiasing. Its memory has the channels last, and is its own."""
     if pixels.shape[:2] == (height, width):
-        return pixels.transpose(2, 0, 1).copy()
-    # Contiguous with the channels last: of the layouts, torch reads this one without copying it in its own threads.
-    image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
-    return F.interpolate(image[None], (height, width), mode="bicubic", antialias=True)[0].numpy()
+        return pixels.copy().transpose(2, 0, 1)
+    # Contiguous with the channels last: of the layouts, torch reads this one without copying it in its own threads. Written into
+    # the same layout, which F.interpolate does not keep, it takes two thirds of the time.
+    image = torch.from_numpy(np.ascontiguousarray(pixels)[None]).permute(0, 3, 1, 2)
+    resized = torch.empty(1, height, width, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+    torch.ops.aten._upsample_bicubic2d_aa.out(image, (height, width), False, out=resized)
+    return resized[0].numpy()
 
 
 def choose_reduction(box: Box, size: int) -> int:

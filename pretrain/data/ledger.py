@@ -94,7 +94,10 @@ class Ledger:
         self._finished, self._open, self._keys = self._count_finished(position), {}, {}
         for entry in state if world.rank == 0 else ():
             if "epoch" in entry:
-                sums = (entry["count"], entry["fingerprint"], entry["keys"], entry["unknown_keys"])
+                unknown = entry.get(
+                    "unknown_keys", entry["count"]
+                )  # all, of a checkpoint from before keys were added up
+                sums = (entry["count"], entry["fingerprint"], entry.get("keys", 0), unknown)
                 self._note((entry["dataset"], entry["epoch"]), sums)
             else:
                 self._keys[entry["dataset"]] = entry["keys"]

@@ -27,7 +27,7 @@ from data_tools.errors import UserError
 from data_tools.shards import PICTURE_EXTENSIONS, RawSample, find_captions
 from pretrain.config import ConfigError, ConfigModel, Count, Ratio
 from pretrain.contract import Batch
-from pretrain.data.augment import AugmentConfig, train_pixels
+from pretrain.data.augment import AugmentConfig, Draws, draw, train_pixels
 from pretrain.data.cache import CacheConfig
 from pretrain.data.decode import BadSample
 from pretrain.data.fields import decode_fields
@@ -38,7 +38,7 @@ from pretrain.data.streaming import StreamConfig
 from pretrain.data.supply import BAD_READS, Draw, open_supply
 from pretrain.data.tally import Part, Tally
 from pretrain.data.text import Tokenizer
-from pretrain.randomness import generator, stable_id
+from pretrain.randomness import stable_id
 from pretrain.world import World
 
 log = logging.getLogger(__name__)
@@ -249,7 +249,8 @@ class Loader:
                     f"{now.get(name)}, so the order of samples would change. Put it back, or start a new run folder."
                 )
         self.position = state["position"]
-        self.tally = Tally.of_state(state["tally"])
+        none = [0] * len(self.supply.names)  # of a checkpoint from before there were tallies
+        self.tally = Tally.of_state(state.get("tally", {"skipped": none, "rejected": none, "in_a_row": 0}))
         if self.supply.ledger:
             self.supply.ledger.restore(state["ledger"], self.position, self.world)
 
@@ -294,7 +295,8 @@ class Loader:
             return torch.empty(shape, dtype=dtype, pin_memory=pinned)
 
         batch = Batch(
-            image=empty(rows, 3, self.image_size, self.image_size, dtype=torch.uint8),
+            # Channels last in memory, as pictures come out of resizing; the model changes that on its device.
+            image=empty(rows, self.image_size, self.image_size, 3, dtype=torch.uint8).permute(0, 3, 1, 2),
             ids=empty(rows, length),
             mask=empty(rows, length, dtype=torch.bool),
             image_id=empty(rows),
@@ -305,8 +307,8 @@ class Loader:
             extra={name: [None] * rows for name in self.config.fields},
         )
         lists = [[[] for _ in range(rows)] for _ in range(2)]
-        draw, datasets = self.supply.draw(positions), len(self.supply.names)
-        filling = Filling(batch, draw, *lists, [0] * rows, [None] * rows, batch.image.numpy(), datasets)
+        drawn, datasets = self.supply.draw(positions), len(self.supply.names)
+        filling = Filling(batch, drawn, *lists, [0] * rows, [None] * rows, batch.image.numpy(), datasets)
         step = max(1, min(MAX_ROWS_A_TASK, rows // (2 * max(1, self.config.threads))))
         for first in range(0, rows, step):
             filling.tasks.append(pool.submit(self.fill, filling, first, min(rows, first + step)))
@@ -315,14 +317,15 @@ class Loader:
     def fill(self, filling: Filling, first: int, last: int) -> None:
         """Read, decode and tokenise the rows from `first` to before `last`."""
         batch = filling.batch
-        captions = [self.load(filling, row) for row in range(first, last)]
+        drawn = draw(self.seed, filling.draw.positions[first:last])
+        captions = [self.load(filling, row, draws) for row, draws in enumerate(drawn, start=first)]
         batch.ids[first:last], batch.mask[first:last] = self.tokenizer(captions)
         batch.text_id[first:last] = torch.tensor([stable_id(caption) for caption in captions])
         origins = [self.supply.origins[filling.dataset(row)] for row in range(first, last)]
         named = zip(origins, batch.keys[first:last], strict=True)  # two builds may well have the same keys
         batch.image_id[first:last] = torch.tensor([stable_id(f"{origin} {key}") for origin, key in named])
 
-    def load(self, filling: Filling, row: int) -> str:
+    def load(self, filling: Filling, row: int, draws: Draws) -> str:
         """Fill one row, all but its text; returns the caption.
 
         A sample that cannot be used is replaced by a rule that depends on nothing but the position.
@@ -334,7 +337,7 @@ class Loader:
                 raw = self.supply.read(filling.draw, row, attempt)
                 if not attempt:
                     filling.origins[row] = raw.origin
-                return self.decode(self.stages(raw), filling, row)
+                return self.decode(self.stages(raw), filling, row, draws)
             except Rejected as error:
                 filling.rejected[row] += 1
                 if filling.rejected[row] == MAX_REJECTED_IN_A_ROW:
@@ -350,12 +353,11 @@ class Loader:
             f"{filling.draw.positions[row]}, {count} of them because: {reason}. {ADVICE}"
         )
 
-    def decode(self, raw: RawSample, filling: Filling, row: int) -> str:
+    def decode(self, raw: RawSample, filling: Filling, row: int, draws: Draws) -> str:
         """Put a sample into its row; returns the caption that was chosen. Raises BadSample."""
-        batch, position = filling.batch, int(filling.draw.positions[row])
+        batch = filling.batch
         captions = read_captions(raw.fields)
         extra = decode_fields({name: raw.fields[name] for name in batch.extra if name in raw.fields})
-        draws = generator(self.seed, "augment", position)
         pixels = train_pixels(find_picture(raw.fields), self.image_size, self.config.augment, draws)
         filling.pixels[row] = pixels
         batch.keys[row] = raw.key
@@ -501,7 +503,8 @@ class Batches:
         """Let the threads have as much to do as they may."""
         loader, ahead = self.loader, self.loader.ahead()
         if self.pool is None:
-            loader.supply.open(self.submitted, ahead + 1)
+            # Where fields are handed on, more may be under way once it is known how large these are.
+            loader.supply.open(self.submitted, 1 + (MAX_AHEAD_BATCHES if loader.config.fields else ahead))
             # What can stall is never read by the training thread, which could not be asked to stop.
             threads = loader.config.threads or int(loader.supply.can_stall)
             self.pool = ThreadPoolExecutor(threads, thread_name_prefix="decode") if threads else InThisThread()

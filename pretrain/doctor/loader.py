@@ -20,7 +20,6 @@ from pretrain.data.stages import Rejected
 from pretrain.data.supply import BAD_READS, IndexedSupply
 from pretrain.data.text import build_tokenizer
 from pretrain.doctor.order import ideal_same_shard_rate, read_amplification, same_shard_rate
-from pretrain.randomness import generator
 from pretrain.world import World
 
 if TYPE_CHECKING:
@@ -116,19 +115,18 @@ def time_stages(loader: Loader) -> tuple[dict[str, float], int]:
         with suppress(*BAD_READS):
             supply.read(drawn, 0, 0)  # opens files
         captions, pixels, bad = [], [], 0
+        all_draws = draw(loader.seed, positions)
         for row in range(STAGE_SAMPLES):
             begun = clock()
             try:
                 raw = loader.stages(supply.read(drawn, row, 0))
                 texts, encoded = read_captions(raw.fields), find_picture(raw.fields)
                 read = clock()
-                draws = draw(generator(loader.seed, "augment", row))
                 picture = open_picture(encoded)
-                box = choose_box(picture.height, picture.width, config.augment, draws.crop)
+                box = choose_box(picture.height, picture.width, config.augment, all_draws[row].crop)
                 decode_part(picture, box, loader.image_size)
                 decoded = clock()
-                augment = generator(loader.seed, "augment", row)
-                pixels.append(train_pixels(encoded, loader.image_size, config.augment, augment))
+                pixels.append(train_pixels(encoded, loader.image_size, config.augment, all_draws[row]))
                 done = clock()
             except BAD_READS as error:
                 bad += not isinstance(error, Rejected)

@@ -16,11 +16,13 @@ from pretrain.data.augment import (
     RAND_AUGMENT,
     AugmentConfig,
     ColorJitterConfig,
+    Draws,
     RandAugmentConfig,
     change,
     choose_box,
     choose_jitter,
     choose_operations,
+    draw,
     train_pixels,
 )
 from pretrain.data.decode import decode_image, resize
@@ -57,8 +59,8 @@ def theirs():
 
 
 def take(encoded: bytes, augment: AugmentConfig, seed: int = 0) -> np.ndarray:
-    pixels = train_pixels(encoded, 48, augment, np.random.default_rng(seed))
-    assert pixels.shape == (3, 48, 48) and pixels.dtype == torch.uint8 and pixels.is_contiguous()
+    pixels = train_pixels(encoded, 48, augment, Draws(*np.random.default_rng(seed).random((5, 48))))
+    assert pixels.shape == (3, 48, 48) and pixels.dtype == torch.uint8 and pixels.permute(1, 2, 0).is_contiguous()
     return pixels.numpy()
 
 
@@ -174,7 +176,17 @@ def test_one_transform_does_not_change_the_draws_of_another(encoded: bytes) -> N
     assert (every[:, :, 0] == every[:, :, 1]).all()
 
 
-def test_the_same_generator_gives_the_same_pixels(encoded: bytes) -> None:
+def test_draws_belong_to_their_positions_alone() -> None:
+    some, others = draw(3, np.arange(50)), draw(3, np.array([49, 10**14, 7]))
+    assert all(np.array_equal(*pair) for pair in zip(others[0], some[49], strict=True))
+    assert all(np.array_equal(*pair) for pair in zip(others[2], some[7], strict=True))
+    assert not np.array_equal(draw(4, np.array([7]))[0].crop, some[7].crop)
+    every = np.array([list(drawn) for drawn in some])
+    assert every.shape == (50, 5, 48) and len(np.unique(every)) == every.size
+    assert 0 <= every.min() < 0.001 and 0.999 < every.max() < 1 and abs(every.mean() - 0.5) < 0.01
+
+
+def test_the_same_draws_give_the_same_pixels(encoded: bytes) -> None:
     assert np.array_equal(take(encoded, ALL_ON, 1), take(encoded, ALL_ON, 1))
     assert not np.array_equal(take(encoded, ALL_ON, 1), take(encoded, ALL_ON, 2))
 

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import simplejpeg
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from pretrain.data.augment import AugmentConfig, train_pixels
+from pretrain.data.augment import AugmentConfig, Draws, train_pixels
 from pretrain.data.decode import (
     BadSample,
     Box,
@@ -148,9 +149,19 @@ def test_evaluation_is_open_clips() -> None:
 def test_resize_to_the_same_size_is_a_copy() -> None:
     image = draw(12, 12)
     same = resize(image, 12, 12)
-    assert np.array_equal(same, image.transpose(2, 0, 1)) and same.flags.c_contiguous
+    assert np.array_equal(same, image.transpose(2, 0, 1)) and same.transpose(1, 2, 0).flags.c_contiguous
     same[:] = 0
     assert image.any()
+
+
+@pytest.mark.parametrize("shape", [(30, 50), (70, 40), (1, 90)])
+def test_resize_is_torchs(shape: tuple[int, int]) -> None:
+    image = draw(*shape)[1 if shape[0] > 1 else 0 :, : shape[1] - 3]  # a part, as a crop is
+    expected = F.interpolate(
+        torch.from_numpy(image.copy()).permute(2, 0, 1)[None], (33, 44), mode="bicubic", antialias=True
+    )
+    resized = resize(image, 33, 44)
+    assert np.array_equal(resized, expected[0].numpy()) and resized.transpose(1, 2, 0).flags.c_contiguous
 
 
 # Reduced decoding
@@ -187,7 +198,7 @@ def test_a_cut_at_whole_reduced_pixels_is_nearer() -> None:
 
 def train(encoded: bytes, size: int = 16, seed: int = 0) -> torch.Tensor:
     augment = AugmentConfig(crop_scale=[0.2, 1.0], flip=0.5)
-    return train_pixels(encoded, size, augment, np.random.default_rng(seed))
+    return train_pixels(encoded, size, augment, Draws(*np.random.default_rng(seed).random((5, 48))))
 
 
 def refused(encoded: bytes) -> None:

@@ -1,11 +1,17 @@
 """The story of a run, and its wall time booked to the second."""
 
+import errno
+import fcntl
 import json
+import os
+import time
 from pathlib import Path
 
 import pytest
 
-from pretrain.events import Events, book, read_events
+from pretrain.events import Events, book, lock_run, read_events
+from pretrain.metrics import Metrics
+from pretrain.world import World
 
 
 def test_events_survive_a_line_cut_short(tmp_path: Path) -> None:
@@ -18,6 +24,38 @@ def test_events_survive_a_line_cut_short(tmp_path: Path) -> None:
     Events(tmp_path, rank=3).log("hang", 4, rank=0)
     assert (tmp_path / "events.rank-00003.jsonl").exists()
     assert [event["event"] for event in read_events(tmp_path)] == ["start", "save", "hang"]
+
+
+def test_what_says_nothing_is_passed_over(tmp_path: Path) -> None:
+    Events(tmp_path).log("start", 0)
+    with open(tmp_path / "events.jsonl", "ab") as file:
+        file.write(b'5\n[]\nnull\n{}\n{"time": "?", "event": "save"}\n{"time": 1e12, "event": "save"}\n\xff\n')
+    events = read_events(tmp_path)
+    assert [event["event"] for event in events] == ["start", "save"]
+    assert book(events, 1e12)["total"] > 0
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_bytes(b'5\n{}\n{"step": "x"}\n{"step": 3}\n{"step": 9}\n{"ste')
+    Metrics(tmp_path, 3, 8, enabled=True).close()
+    assert metrics.read_bytes() == b'{"step": 3}\n'
+
+
+def test_a_clock_set_back_does_not_turn_the_story_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for now_s, rank, event in [(100, 0, "start"), (110, 3, "hang"), (50, 0, "save"), (60, 0, "done")]:
+        monkeypatch.setattr(time, "time", lambda now_s=now_s: now_s)
+        Events(tmp_path, rank).log(event, 0)
+    assert [event["event"] for event in read_events(tmp_path)] == ["start", "save", "done", "hang"]
+
+
+def test_a_file_system_without_locks_is_used_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def flock(descriptor: int, kind: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with lock_run(tmp_path, World()) as lock:
+        lock.check()
+    assert "has no locks" in caplog.text
 
 
 def story(*events: tuple) -> list[dict]:

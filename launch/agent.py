@@ -145,8 +145,7 @@ class Agent:
                 self.leader.abdicate("the shared folder says that another node leads")
             self.leader.tick(self.describe())
             if not self.leader.leads:
-                self.shared.regular = None
-                self.leader = None
+                self.leader, self.shared.regular, self.shared.leading = None, None, False
                 self.end_life("this node leads no more")
             else:
                 self.order = self.leader.order
@@ -184,7 +183,7 @@ class Agent:
                     if order["generation"] <= self.leader.generation:
                         continue
                     told(f"{order['leader']} leads now")
-                    self.leader, self.shared.regular = None, None
+                    self.leader, self.shared.regular, self.shared.leading = None, None, False
                 self.order = order
         if self.order and self.heart.silence_s(self.order["leader"]) < self.job.node_silent_s:
             self.leader_heard_s = time.monotonic()
@@ -293,7 +292,7 @@ class Agent:
             self.close_listener()  # a command of somebody else's binds the port itself
         self.phase, self.signs, self.started = "running", {}, time.time()
         numbers = [int(place["RANK"]) for place in places]
-        self.shared.ranks = sorted({*numbers, 0})
+        self.shared.ranks = numbers
         told(
             f"life {order['life']}: ranks {numbers[0]} to {numbers[-1]}, meeting at {order['master'][0]}:{order['master'][1]}"
         )
@@ -441,7 +440,7 @@ class Agent:
             leader.own = self.describe()
             leader.take_over(self.order, kind)
         self.leader, self.order = leader, leader.order
-        self.shared.regular = leader.write_state
+        self.shared.regular, self.shared.leading = leader.write_state, True
 
 
 def told(text: str) -> None:

@@ -38,8 +38,6 @@ RETURN_WAIT_S = 60.0  # for a node that is cut off to come back, where nothing e
 RETURN_S = 5.0  # for which a node has to answer again before it is used
 END_S = 5.0  # for the other supervisors to end their ranks at the end of the job
 
-Clock = Callable[[], float]
-
 
 def find_lost(heart: Heart, shared: Shared, node: str, silent_s: float) -> str | None:
     """What has become of a node that no longer beats; None for one that does.
@@ -407,7 +405,6 @@ class Leader:
 
     def start_life(self, nodes: list[str]) -> None:
         self.active, self.master, self.training, self.ended_s, self.frozen_rank = nodes, None, False, None, None
-        self.shared.ranks = [0]
 
         def begin() -> tuple[int | None, int]:
             life = self.shared.claim_life(self.life + 1 if self.life else None, self.generation)

@@ -28,6 +28,7 @@ from launch.events import FOLDER
 LOOK_S = 0.5
 NODES_A_SECOND, MOST_LOOK_S = 128, 5.0  # with more nodes than that, each looks less often
 SIGN_S = 1.0
+RANKS_S = 5.0  # a rank has much longer to give a sign of life
 RETRY_S, RETRIES = 1.0, 60  # of what the folder did not let us do
 NOTICES = ("time_limit", "preemption", "cancel", "stop_file")
 
@@ -56,7 +57,9 @@ class Shared:
         self.lives = self.launch / "lives"
         self.look = Look()
         self.look_s = max(LOOK_S, min(MOST_LOOK_S, nodes / NODES_A_SECOND))
-        self.ranks: list[int] = []  # whose signs of life to read
+        self.ranks: list[int] = []  # whose signs of life to read now and then: those of this node
+        self.leading = False  # then rank 0's is read at each look
+        self.ranks_read_s = 0.0
         self.doubted: list[str] = []  # nodes whose signs to read
         self.regular: Callable[[], None] | None = None  # done at each look
         self.tasks: queue.SimpleQueue[tuple[Future, Callable, tuple] | None] = queue.SimpleQueue()
@@ -114,7 +117,8 @@ class Shared:
             self.signed_s = now_s
             self.count += 1
             replace(self.folder / f"sign-{self.node}", str(self.count))
-        look = Look(places=dict(self.look.places), signs=dict(self.look.signs))
+        known = self.look
+        look = Look(places=dict(known.places), signs=dict(known.signs), progress=dict(known.progress))
         for name in os.listdir(self.folder):
             kind, _, what = name.partition("-")
             if name.endswith(TEMPORARY_SUFFIX):
@@ -136,7 +140,11 @@ class Shared:
                 if look.signs.get(node, ("", 0.0))[0] != sign:
                     look.signs[node] = (sign, now_s if node in look.signs else float("-inf"))
         look.stop_file = (self.run / "STOP").exists()
-        for rank in list(self.ranks):
+        ranks = [0] if self.leading else []
+        if now_s - self.ranks_read_s >= RANKS_S:
+            self.ranks_read_s = now_s
+            ranks += self.ranks
+        for rank in ranks:
             with contextlib.suppress(OSError, ValueError):
                 path = self.run / "progress" / f"rank-{rank:05d}.json"
                 look.progress[rank] = json.loads(path.read_text())

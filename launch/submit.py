@@ -18,6 +18,7 @@ import shlex
 import statistics
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -116,10 +117,10 @@ def send(job: ResolvedJob) -> list[dict[str, Any]]:
     for name in (launch / "stopped", run / "STOP"):
         name.unlink(missing_ok=True)
     make_secret(launch)
+    write_json_atomic(launch / "job.json", job.model_dump())  # with all nodes: one that is mended may be used again
     job = exclude_bad_nodes(job)
     script = launch / f"{job.name}.{'sbatch' if job.kind == 'slurm' else 'sh'}"
     write_atomic(script, render(job).encode())
-    write_json_atomic(launch / "job.json", job.model_dump())
     return send_slurm(job, script) if job.kind == "slurm" else [send_processes(job, script)]
 
 
@@ -137,15 +138,20 @@ def exclude_bad_nodes(job: ResolvedJob) -> ResolvedJob:
     if not bad:
         return job
     if job.kind == "slurm":
-        given = job.exclude.split(",") if job.exclude else []
         print(f"note    without {', '.join(bad)}: {job.bad_nodes} remembers why", file=sys.stderr)
-        return job.model_copy(update={"exclude": ",".join([*given, *(node for node in bad if node not in given)])})
+        return job.model_copy(update={"exclude": join_nodes(job.exclude, bad)})
     hosts = [host for host in job.hosts if local.node_name(host) not in bad]
     if len(hosts) < job.nodes + job.spare_nodes:
         raise UserError(
             f"hosts: without {', '.join(bad)} ({job.bad_nodes}) they are too few. Mend them, or take them out there"
         )
     return job.model_copy(update={"hosts": hosts})
+
+
+def join_nodes(given: str | None, more: Iterable[str]) -> str:
+    """A list of nodes as Slurm takes it: what was given, then those of `more` that are not in it by name."""
+    names = given.split(",") if given else []
+    return ",".join(dict.fromkeys([*names, *more]))
 
 
 def send_slurm(job: ResolvedJob, script: Path) -> list[dict[str, Any]]:

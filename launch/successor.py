@@ -14,6 +14,7 @@ from data_tools.errors import UserError
 from launch import slurm, submit
 from launch.events import append_event, read_launch_events
 from launch.job import ResolvedJob
+from launch.judge import load_bad_nodes
 
 EXIT_GIVE_UP = 87
 ATTEMPTS, PAUSE_S = 8, 10.0  # for a controller that is away for a moment
@@ -143,7 +144,7 @@ def resubmit(job: ResolvedJob, job_id: str, restarts: int, exclude: list[str]) -
         if job.chain > 1:
             leave_out(job, find_next(job), exclude)
             return "resubmit"
-        nodes = ",".join([*([job.exclude] if job.exclude else []), *exclude])
+        nodes = all_excluded(job, exclude)
         options = [f"--exclude={nodes}"] if nodes else []
         token = f"after-{job_id}-{restarts}"
         submit.send_one(job, job.launch / f"{job.name}.sbatch", [f"afterany:{job_id}"], options, token, follows=job_id)
@@ -154,12 +155,21 @@ def resubmit(job: ResolvedJob, job_id: str, restarts: int, exclude: list[str]) -
 
 def leave_out(job: ResolvedJob, job_ids: list[str], exclude: list[str]) -> None:
     """Have waiting jobs start without these nodes."""
-    nodes = ",".join([*([job.exclude] if job.exclude else []), *exclude])
+    nodes = all_excluded(job, exclude)
     for job_id in job_ids if exclude else []:
         try:
             ask(slurm.call, "scontrol", "update", f"JobId={job_id}", f"ExcNodeList={nodes}")
         except UserError as error:
             append_event(job.run, "not_excluded", job_id=job_id, nodes=exclude, reason=str(error))
+
+
+def all_excluded(job: ResolvedJob, exclude: list[str]) -> str:
+    """Those of the job file, those remembered as bad, and these."""
+    try:
+        bad = sorted(load_bad_nodes(job.bad_nodes))
+    except (UserError, OSError):  # of no use, but no reason to end a run
+        bad = []
+    return submit.join_nodes(job.exclude, [*bad, *exclude])
 
 
 def fail(job: ResolvedJob, why: str) -> None:

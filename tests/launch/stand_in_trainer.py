@@ -5,7 +5,8 @@ stand_in_trainer.py RUN STEPS STEP_S [SAVE_EVERY]
 Each step takes the next 24 keys, each rank its share; the sum of them goes through rank 0, as an all-reduce would, and makes a
 loss that depends on all steps before. Rank 0 locks the run, writes metrics (with the keys of each step) and checkpoints that
 appear by rename, goes on from the newest, and ends with done.json. SIGTERM on any rank, or RUN/STOP, is agreed: all save and
-end with 85. A rank that loses another ends with 86. The last rank crashes at the step that RUN/crash_at names.
+end with 85. A rank that loses another ends with 86. The last rank crashes at the step that RUN/crash_at names,
+and gives no sign of life while RUN/mute is there.
 """
 
 import fcntl
@@ -38,6 +39,8 @@ def show_life() -> None:
     folder = RUN / "progress"
     folder.mkdir(parents=True, exist_ok=True)
     while True:
+        while RANK == SIZE - 1 and (RUN / "mute").exists():
+            time.sleep(0.25)
         facts = {"time": time.time(), "rank": RANK, "host": socket.gethostname(), "pid": os.getpid()}
         write(folder / f"rank-{RANK:05d}.json", facts | state)
         time.sleep(0.25)

@@ -172,8 +172,9 @@ def test_nodes_that_broke_are_left_out(cluster, tmp_path, capsys):
     assert main(["submit", write_file(tmp_path, cluster="cluster.yaml", exclude="node3")]) == 0
     assert "#SBATCH --exclude=node3,node7\n" in (tmp_path / "run/launch/job.sbatch").read_text()
     assert "without node7" in capsys.readouterr().err
+    (tmp_path / "bad_nodes.json").write_text(json.dumps({"node3": [], "node8": []}))  # 7 is mended
     assert main(["resume", "run"]) == 0
-    assert "#SBATCH --exclude=node3,node7\n" in (tmp_path / "run/launch/job.sbatch").read_text()
+    assert "#SBATCH --exclude=node3,node8\n" in (tmp_path / "run/launch/job.sbatch").read_text()
 
 
 @pytest.mark.parametrize(
@@ -220,8 +221,10 @@ def in_job(cluster, monkeypatch):
 
 def test_the_job_is_queued_again_without_the_bad_nodes(in_job, tmp_path):
     job = make_job(tmp_path, exclude="node9")
+    job.launch.mkdir(parents=True)
+    Path(job.bad_nodes).write_text(json.dumps({"node1": [], "node2": []}))
     assert successor.continue_job(job, "node", ["node2"]) == "requeue"
-    assert in_job.said()[-2:] == ["scontrol requeue 12", "scontrol update JobId=12 ExcNodeList=node9,node2"]
+    assert in_job.said()[-2:] == ["scontrol requeue 12", "scontrol update JobId=12 ExcNodeList=node9,node1,node2"]
     in_job.show("COMPLETING", restarts=1)
     assert successor.continue_job(job, "node", ["node2"]) == "requeue", "by another leader"
     assert in_job.said().count("scontrol requeue 12") == 1

@@ -4,6 +4,7 @@ import os
 import signal
 import time
 
+import pytest
 from supervised import LocalRun
 
 
@@ -86,6 +87,18 @@ def test_a_frozen_rank_is_named(tmp_path):
         assert job.ends() == [0]
         assert job.events("verdict")[0]["cause"] == "node"
         job.check_exact(40)
+
+
+@pytest.mark.faults
+def test_a_rank_without_a_sign_of_life_is_named(tmp_path):
+    with LocalRun(tmp_path, nodes=1, steps=400, rank_silent_s=12).start() as job:
+        job.wait_for(lambda: job.step() >= 60, "step 60")  # its sign of life has been read
+        (job.run / "mute").touch()
+        fault = job.wait_for_event("fault")
+        (job.run / "mute").unlink()
+        assert (fault["kind"], fault["node"], fault["rank"]) == ("silent", "a", 1)
+        assert job.ends(patience_s=120) == [0]
+        job.check_exact(400)
 
 
 def test_fewer_gpus_than_ranks_fail_at_once(tmp_path, monkeypatch):

@@ -104,6 +104,15 @@ class LeftOut:
             ) from None
         self.steps = {step for entry in self.entries for step in entry["steps"]}
 
+    def recall(self, entries: list[LeftOutEntry], write: bool) -> None:
+        """Take over what a checkpoint has on record, where the run folder is a new one and the checkpoint came from elsewhere."""
+        missing = [entry for entry in entries if entry not in self.entries]
+        if missing:
+            self.entries += missing
+            self.steps.update(step for entry in missing for step in entry["steps"])
+            if write:
+                write_json_atomic(self.path, self.entries)
+
     def add(self, entry: LeftOutEntry, limit: int, write: bool) -> None:
         """Put a rollback on record. Raises GiveUp when `limit` have led to the same checkpoint before."""
         before = [other for other in self.entries if other["to"] == entry["to"]]

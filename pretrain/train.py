@@ -364,6 +364,7 @@ def restore(
     """
     extra = checkpoint.restore(engine, found.folder, found.state, identity)
     loader.restore(found.state["loader"])
+    life.left_out.recall(found.state["left_out"], write=life.world.is_main)
     if life.spikes:
         life.spikes.restore(found.state["spikes"])
     return found.state["step"], extra
@@ -385,7 +386,7 @@ def run_state(config: RunConfig, loader: Loader, life: Life, step: int, world: W
         "step": step,
         "loader": loader.state(),
         "spikes": life.spikes.state() if life.spikes else {},
-        "left_out": sorted(life.left_out.steps),
+        "left_out": life.left_out.entries,
         **run_identity(config, world),
         "config": config.model_dump(),
         "versions": versions() if world.is_main else {},  # whose state is kept

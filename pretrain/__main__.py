@@ -183,7 +183,7 @@ def run_train(options: argparse.Namespace, arguments: list[str]) -> int:
         from pretrain.local import run_ranks
 
         return run_ranks(arguments, options.ranks)
-    return as_rank(lambda world: train(config, world))
+    return as_rank(lambda world: train(config, world), config.watch.patience_s)
 
 
 def run_evaluate(options: argparse.Namespace, arguments: list[str]) -> int:
@@ -272,8 +272,8 @@ def run_demo(options: argparse.Namespace, arguments: list[str]) -> int:
     return run(options)
 
 
-def as_rank(function) -> int:
-    """Join the job, run `function(world)`, leave the job.
+def as_rank(function, *patience_s: float) -> int:
+    """Join the job, run `function(world)`, leave the job. `patience_s`: as of `connect`.
 
     A user's mistake is mostly found by all ranks at once. Rank 0 tells it; the others wait, to be ended with it, and
     speak only if they are still there. So do those that lose a rank which has something to tell: a restart may help them.
@@ -281,7 +281,7 @@ def as_rank(function) -> int:
     from pretrain.signals import EXIT_RESTART
     from pretrain.world import connect, disconnect, is_lost_connection
 
-    world = connect()
+    world = connect(*patience_s)
     try:
         return function(world)
     except UserError:

@@ -44,13 +44,15 @@ class Ema:
 
     @torch.no_grad()
     def state(self) -> dict[str, Tensor]:
-        """Every trained parameter's average, whole and in fp32, by name, on the CPU. Collective."""
+        """Every trained parameter's average, whole and in fp32, by name, on the CPU; {} but for rank 0. Collective."""
         whole = {}
         for name, parameter in self.engine.module.named_parameters():
             if parameter.requires_grad:
                 shape = getattr(parameter, "ds_shape", parameter.shape)
                 part = self.averages.get(name)
-                whole[NAME + name] = join_parts(self.engine, part, shape, torch.float32, self.world)
+                average = join_parts(self.engine, part, shape, torch.float32, self.world)
+                if self.world.is_main:  # not once for each GPU of a node
+                    whole[NAME + name] = average
         return whole
 
 

@@ -46,7 +46,8 @@ class Life:
         self.events = Events(run)
         self.left_out = world.share(LeftOut(run) if world.is_main else None)
         self.spikes = Spikes(spikes) if spikes else None
-        self.watch = Watch(run, watch, world, lock)
+        self.saves_as_asked = False
+        self.watch = Watch(run, watch, world, lock, self.stop.insisted)
         self.watch.start()
 
     def read_last_seen(self) -> float | None:
@@ -89,7 +90,7 @@ class Life:
             if files:
                 self.lock.check()
             stop = self.stop.requested or (files and asked(self.run, STOP))
-            return [stop, files and not is_saved and asked(self.run, SAVE)]
+            return [stop, files and not is_saved and not self.saves_as_asked and asked(self.run, SAVE)]
 
         stop, save = batches.agree(ask)
         return stop, save
@@ -105,6 +106,7 @@ class Life:
         """The checkpoint to go back to after a spike; None if the step is only to be skipped. Collective."""
         if self.spikes.config.action != "rollback":
             return None
+        self.watch.enter("restore", self.watch.step)  # it may take much longer than a step
         saver.finish()
         return find_newest(self.run, self.world)
 
@@ -125,10 +127,15 @@ class Life:
         if self.world.is_main:
             log.warning("step %d: %s; back to step %d, leaving out steps %s", step, reason, found.state["step"], steps)
 
+    def begin_save(self) -> None:
+        """What asks for a save from now on asks for the next one; what did before is answered when this one is whole."""
+        self.saves_as_asked = self.world.is_main and asked(self.run, SAVE)
+
     def saved(self, saved: Saved) -> None:
         """Note that a checkpoint is whole."""
-        if self.world.is_main:
+        if self.saves_as_asked:
             answered(self.run, SAVE)
+            self.saves_as_asked = False
         self.note("save", saved.step, stall_s=saved.stall_s, bytes=saved.bytes, folder=saved.folder.name)
 
     def end(self, step: int, steps: int) -> int:
@@ -174,6 +181,7 @@ class Life:
 
     def close(self) -> None:
         self.watch.close()
+        self.stop.close()
 
 
 def all_keys(batch: Batch, world: World) -> list[str]:

@@ -112,11 +112,16 @@ class Momentum:
 
     @torch.no_grad()
     def state(self) -> dict[str, Tensor]:
-        """Averages, whole and in fp32, and queue, by name, on the CPU: what a checkpoint keeps."""
-        state = {WEIGHTS + name: value.cpu() for name, value in self.towers.state_dict().items()}
+        """Averages, whole and in fp32, and queue, by name, on the CPU: what a checkpoint keeps; {} but for rank 0."""
+        state = {}
+        if self.world.is_main:  # not once for each GPU of a node
+            state = {WEIGHTS + name: value.cpu() for name, value in self.towers.state_dict().items()}
         for name, weight in self.trained.items():
-            part = self.averages.get(name)
-            state[WEIGHTS + name] = join_parts(self.engine, part, weight.shape, self.exact, self.world)
+            average = join_parts(self.engine, self.averages.get(name), weight.shape, self.exact, self.world)
+            if self.world.is_main:
+                state[WEIGHTS + name] = average
+        if not self.world.is_main:
+            return {}
         embeddings = {"image_embed": self.queue.image_embed, "text_embed": self.queue.text_embed}
         state |= {QUEUE + name: value.cpu() for name, value in (embeddings | self.queue.identity._asdict()).items()}
         return {name: value.clone(memory_format=torch.contiguous_format) for name, value in state.items()}

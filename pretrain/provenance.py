@@ -1,5 +1,6 @@
 """What a run was made with, left in its folder: config, commands, versions, and the code itself."""
 
+import functools
 import hashlib
 import importlib.metadata
 import io
@@ -43,6 +44,7 @@ def pack_code() -> bytes:
     return target.getvalue()
 
 
+@functools.cache  # the code that runs is that of the start, whatever its folder holds by now
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on, and the code's git revision where there is one."""
     found = {

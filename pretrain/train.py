@@ -138,6 +138,14 @@ def train(config: RunConfig, world: World) -> int:
         except RunTaken as error:
             log.error("error: %s", error)
             return EXIT_RESTART
+        except OSError as error:
+            if error.errno is None:
+                life.fail(error)
+                raise
+            place = error.filename or config.run
+            problem = UserError(f"{place}: {error.strerror}. Mend that, and run the same command again")
+            life.fail(problem)
+            raise problem from error
         except BaseException as error:
             life.fail(error)
             raise
@@ -186,6 +194,8 @@ def train_steps(config: RunConfig, life: Life, world: World) -> int:
     metrics = Metrics(config.run, step, steps, enabled=world.is_main)
     bad_steps = BadSteps(config.train.max_bad_steps, world)
     saver = Saver(engine, config.run, config.checkpoint, world, life.saved, life.lock.check)
+    if newest:
+        saver.copy(newest.folder)  # of which the life before may not have come to the end
     batches = iter(loader)
     life.start(step, steps, newest)
     saved_step = step  # of a checkpoint, or of a beginning that needs none
@@ -193,6 +203,8 @@ def train_steps(config: RunConfig, life: Life, world: World) -> int:
     def save() -> None:
         nonlocal saved_step
         life.watch.enter("save", step)
+        saver.finish()  # of the one before
+        life.begin_save()
         beside = (momentum.state() if momentum else {}) | (ema.state() if ema else {})
         saver.save(step, run_state(config, loader, life, step, world), beside)
         saved_step = step
@@ -256,8 +268,10 @@ def train_steps(config: RunConfig, life: Life, world: World) -> int:
                 metrics.log(step, values)
             if step % config.checkpoint.every_steps == 0 or step == steps:
                 save()
-            else:
-                saver.poll()
+            elif saver.has_arrived():
+                life.watch.enter("save", step)
+                saver.finish()
+                clock.leave_out()
         life.watch.enter("save", step)
         saver.close()
     finally:  # also where a step fails: else what is under way would be finished before the process ends
@@ -278,10 +292,10 @@ def load_teacher(config: RunConfig, tokenizer: Tokenizer, world: World) -> Calla
 
 
 def fit_micro_batch(config: TrainConfig, found: checkpoint.Found | None, world: World) -> int | None:
-    """Pairs that a rank computes at once: as configured, but where a run goes on with another number of ranks, and so
-    another number of pairs a rank, the greatest divisor of these up to the configured size."""
+    """Pairs that a rank computes at once: as configured, but where a run goes on, perhaps with another number of ranks than
+    it was configured for, the greatest divisor of the pairs of a rank up to the configured size."""
     size, rows = config.micro_batch_size, config.batch_size // world.size
-    if size is None or size >= rows or not found or found.state["world_size"] == world.size:
+    if size is None or size >= rows or not found:
         return size
     fitting = next(part for part in range(size, 0, -1) if rows % part == 0)
     if fitting != size and world.is_main:
@@ -367,14 +381,14 @@ def run_identity(config: RunConfig, world: World) -> dict[str, Any]:
 def run_state(config: RunConfig, loader: Loader, life: Life, step: int, world: World) -> dict[str, Any]:
     """What a checkpoint's state.json says, beside its list of files. Collective."""
     return {
-        "format": 2,
+        "format": 3,
         "step": step,
         "loader": loader.state(),
         "spikes": life.spikes.state() if life.spikes else {},
         "left_out": sorted(life.left_out.steps),
         **run_identity(config, world),
         "config": config.model_dump(),
-        "versions": versions(),
+        "versions": versions() if world.is_main else {},  # whose state is kept
     }
 
 

@@ -5,6 +5,7 @@ takes, every rank that still runs writes the stacks of its threads and what it w
 first cause is named; then the process ends with EXIT_RESTART.
 """
 
+import contextlib
 import json
 import os
 import secrets
@@ -15,6 +16,7 @@ import threading
 import time
 import traceback
 from collections import Counter, deque
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
@@ -22,16 +24,18 @@ from typing import NamedTuple
 from data_tools.files import write_json_atomic
 from pretrain.config import ConfigModel, Ratio
 from pretrain.events import Events, RunLock, RunTaken
-from pretrain.signals import EXIT_RESTART
+from pretrain.signals import EXIT_INTERRUPTED, EXIT_RESTART
 from pretrain.world import World
 
 POLL_S = 0.25
 PROGRESS_S = 1.0
 ANSWER_S = 4.0  # for the other ranks to write their stacks
+UNWIND_S = 1.0  # for a process that is to end at once to do so by itself, which it cannot within a collective
 # A file system is shared by all ranks: with more than these, each writes and looks less often, but for rank 0, whose sign of
 # life tells where the run was, and often enough to answer in time.
 RANKS_A_SECOND = 100
 MOST_PROGRESS_S, MOST_LOOK_S = 10.0, 2.0
+LONG = ("save", "restore", "evaluate")  # phases that are no part of a step
 PACKAGE = str(Path(__file__).parent) + os.sep
 # Code that waits for other ranks. torch's own files call into it from everywhere else.
 COUNTED_WAIT = "counted_wait"  # of `Waits`, in which each of them ends, also those that are called from here
@@ -44,8 +48,13 @@ class WatchConfig(ConfigModel):
     factor: Ratio = 20.0  # times the median step
     least_s: Ratio = 60.0  # but no sooner
     start_s: Ratio = 1800.0  # for the first step, in which things are compiled and caches filled
-    save_s: Ratio = 3600.0  # for a checkpoint or an evaluation
+    save_s: Ratio = 3600.0  # for a checkpoint, also for going back to one, or an evaluation
     straggler_share: Ratio = 0.2  # a rank that is slower than the median by more, three reports running, is named
+
+    @property
+    def patience_s(self) -> float:
+        """How long collectives wait. A rank that does not arrive is the watch's affair, which tells the cause: it comes first."""
+        return 2 * max(self.least_s, self.start_s, self.save_s)
 
 
 class Facts(NamedTuple):
@@ -63,7 +72,15 @@ class Facts(NamedTuple):
 class Watch:
     """`enter(phase, step)` at each change; `start` and `close` bound the thread's life."""
 
-    def __init__(self, run: str | Path, config: WatchConfig, world: World, lock: RunLock) -> None:
+    def __init__(
+        self,
+        run: str | Path,
+        config: WatchConfig,
+        world: World,
+        lock: RunLock,
+        insisted: Callable[[], bool] = lambda: False,  # whether somebody wants this process to end at once
+    ) -> None:
+        self.insisted, self.insisted_s = insisted, float("inf")
         self.run, self.config, self.rank, self.size = Path(run), config, world.rank, world.size
         self.lock = lock
         self.life = world.share(secrets.token_hex(4))
@@ -87,7 +104,9 @@ class Watch:
         self.closed.set()
         if self.thread.ident is not None:
             self.thread.join()
-            self.write_progress()
+            with contextlib.suppress(RunTaken):  # then it is the next life's
+                self.lock.check()
+                self.write_progress()
 
     def enter(self, phase: str, step: int) -> None:
         """Say what is done now, `step` steps being done."""
@@ -96,13 +115,13 @@ class Watch:
             if self.last_step_s is not None:
                 self.step_s.append(now_s - self.last_step_s)
             self.last_step_s = now_s
-        elif step != self.step or self.phase in ("save", "evaluate"):  # what went before was no part of a step
+        elif step != self.step or self.phase in LONG:
             self.last_step_s = now_s
         self.phase, self.step, self.since_s, self.since_time = phase, step, now_s, time.time()
 
     def limit_s(self) -> float:
         """How long nothing may move."""
-        if self.phase in ("save", "evaluate"):
+        if self.phase in LONG:
             return self.config.save_s
         if self.phase == "start" or len(self.step_s) < 3:
             return self.config.start_s
@@ -112,6 +131,11 @@ class Watch:
         written_s = looked_s = float("-inf")
         while not self.closed.wait(POLL_S):
             now_s = time.monotonic()
+            if self.insisted():
+                self.insisted_s = min(self.insisted_s, now_s)
+            if now_s - self.insisted_s > UNWIND_S:
+                print(f"rank {self.rank}: interrupted", file=sys.stderr, flush=True)
+                os._exit(EXIT_INTERRUPTED)
             if now_s - written_s >= self.progress_s:
                 written_s = now_s
                 self.leave_if_taken()
@@ -150,9 +174,9 @@ class Watch:
         """Write stacks and facts, wait for those of the others, let one rank name the cause, and end the process."""
         try:
             self.report()
-            facts = self.collect()
-            if self.rank == min(fact.rank for fact in facts):
-                self.tell(facts)
+            answers = self.collect()
+            if answers[0].name == self.report_name():  # one of them tells, and only that one reads what all say
+                self.tell([Facts(**json.loads(path.read_text())) for path in answers])
         except Exception:
             traceback.print_exc()  # such as a full disk: it has to end all the same
         finally:
@@ -169,15 +193,19 @@ class Watch:
         stacks.write_text("\n".join(parts))
         self.reports().mkdir(exist_ok=True)
         facts = Facts(self.rank, self.host, self.step, self.phase, *describe(frames[self.main]))
-        write_json_atomic(self.reports() / f"rank-{self.rank:05d}.json", facts._asdict())
+        write_json_atomic(self.reports() / self.report_name(), facts._asdict())
 
-    def collect(self) -> list[Facts]:
+    def report_name(self) -> str:
+        return f"rank-{self.rank:05d}.json"
+
+    def collect(self) -> list[Path]:
+        """What the ranks have reported, by rank, when all have or enough was waited for."""
         deadline_s = time.monotonic() + ANSWER_S
         while True:
             found = sorted(self.reports().glob("rank-*.json"))
             if len(found) == self.size or time.monotonic() > deadline_s:
-                return [Facts(**json.loads(path.read_text())) for path in found]
-            time.sleep(0.05)
+                return found
+            time.sleep(min(self.look_s, 0.5) / 5)
 
     def tell(self, facts: list[Facts]) -> None:
         rank, why = first_cause(facts, self.size)

@@ -23,6 +23,9 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
+MEET_S = 600  # for all ranks of a job to come
+
+
 class Waits:
     """For how long this process has waited in collectives: for ranks that come later, and for what is sent.
 
@@ -203,10 +206,11 @@ class _AllReduce(torch.autograd.Function):
         return grad
 
 
-def connect(timeout_s: int = 600) -> World:
+def connect(patience_s: float = MEET_S) -> World:
     """Join the job that started this process: torchrun, deepspeed, srun, `--ranks N`, or nothing (one process).
 
-    Raises ConfigError when the launcher gave only part of what is needed.
+    `patience_s` is how long a rank waits for the others in a collective before that fails. Raises ConfigError when the
+    launcher gave only part of what is needed.
     """
     if "RANK" not in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ:
         os.environ["RANK"] = os.environ["SLURM_PROCID"]
@@ -235,34 +239,39 @@ def connect(timeout_s: int = 600) -> World:
                 f"rank {rank} of {size}: {' and '.join(missing)} not set. Start with torchrun, deepspeed, "
                 "`--ranks N`, or `python -m launch submit`."
             )
-        store = None if "TORCHELASTIC_USE_AGENT_STORE" in os.environ else meet(rank, size, timeout_s)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s))
+        store = meet(rank, size)
+        patience = timedelta(seconds=patience_s)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
     WAITS.count_host()
-    host_group = dist.new_group(backend="gloo") if size > 1 and device.type == "cuda" else None
+    host_group = dist.new_group(backend="gloo", timeout=patience) if size > 1 and device.type == "cuda" else None
     return World(rank, size, local_rank, device, host_group)
 
 
-def meet(rank: int, size: int, timeout_s: int) -> dist.Store:
-    """The store at MASTER_ADDR:MASTER_PORT through which ranks find each other; rank 0 keeps it.
+def meet(rank: int, size: int) -> dist.Store:
+    """The store at MASTER_ADDR:MASTER_PORT through which ranks find each other: torchrun's, or one that rank 0 keeps.
 
     A launcher that has chosen the port by binding it hands rank 0 the listening socket as MASTER_LISTEN_FD: between
     choosing and listening no other program can take the port.
     """
+    patience = timedelta(seconds=MEET_S)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return next(dist.rendezvous("env://", rank, size, timeout=patience))[0]
     descriptor = os.environ.pop("MASTER_LISTEN_FD", None) if rank == 0 else None  # not for this process's children
     return dist.TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
         size,
         is_master=rank == 0,
-        timeout=timedelta(seconds=timeout_s),
+        timeout=patience,
         master_listen_fd=None if descriptor is None else int(descriptor),
     )
 
 
 def is_lost_connection(error: RuntimeError) -> bool:
-    """Whether a collective failed because another rank has gone."""
+    """Whether a collective failed because another rank has gone, or has not come for as long as one waits."""
     text = str(error)
-    return any(sign in text for sign in ("Connection closed by peer", "Connection reset by peer", "ncclRemoteError"))
+    signs = ("Connection closed by peer", "Connection reset by peer", "ncclRemoteError", "Timed out waiting")
+    return any(sign in text for sign in signs)
 
 
 def disconnect() -> None:

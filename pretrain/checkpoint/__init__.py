@@ -6,13 +6,16 @@ size and SHA-256. The folder gets its name last. What was found damaged is set a
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
 import os
 import pickle
+import re
 import secrets
 import shutil
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data_tools.errors import UserError, first_line
-from data_tools.files import hash_file, sync_folder, write_json_atomic
+from data_tools.files import hash_file, render_json, sync_folder, write_json_atomic
 from pretrain.checkpoint import elastic
 from pretrain.checkpoint.mirror import STATE, Mirror, fetch_newest
 from pretrain.config import ConfigModel, Count
@@ -37,6 +40,11 @@ log = logging.getLogger(__name__)
 WEIGHTS = "weights.safetensors"
 EXTRA = "extra.safetensors"
 DEEPSPEED_TAG = "deepspeed"
+SEAL = "sha256"  # of all else in state.json, which lists those of the other files
+NAME = re.compile("step_[0-9]+")
+# What a system says of files that it does not get at, rather than of files that are gone or spoiled.
+OUT_OF_REACH = {errno.EACCES, errno.EPERM, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH}
+OUT_OF_REACH |= {errno.ENOTCONN, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 BYTES_PER_PARAMETER = 20  # fp32 weights, two moments and the master copy, and the 16- or 32-bit weights of the module
 
 
@@ -54,6 +62,10 @@ class CheckpointConfig(ConfigModel):
     target: str | None = None
 
 
+class OutOfReach(UserError):
+    """A checkpoint that cannot be read now, which says nothing of whether it is whole."""
+
+
 class Found(NamedTuple):
     """The checkpoint to go on from, and those that were newer and damaged: (folder, why)."""
 
@@ -63,8 +75,9 @@ class Found(NamedTuple):
 
 
 def folders(run: str | Path) -> list[Path]:
-    """The run's checkpoints, oldest first, whether whole or not."""
-    return sorted(path for path in (Path(run) / "checkpoints").glob("step_*") if path.is_dir())
+    """The run's checkpoints, oldest first, whether whole or not. What somebody has put beside them is none."""
+    found = (path for path in (Path(run) / "checkpoints").glob("step_*") if NAME.fullmatch(path.name) and path.is_dir())
+    return sorted(found, key=step_of)  # by number: names of more than eight digits are not in the order of letters
 
 
 def step_of(folder: Path) -> int:
@@ -72,16 +85,35 @@ def step_of(folder: Path) -> int:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The checkpoint's state.json. Raises UserError if a file that it lists is missing or of another size."""
+    """The checkpoint's state.json. Raises UserError if it has changed since it was written, or if a file that it lists is
+    missing or of another size."""
     try:
         state = json.loads((folder / STATE).read_text())
+        sealed = state.pop(SEAL, None)
+        if sealed != seal_of(state) and not (sealed is None and state["format"] == 2):  # of which there was none
+            raise ValueError(f"{STATE} says something else than when it was saved")
         wrong = [name for name, file in state["files"].items() if (folder / name).stat().st_size != file["bytes"]]
         int(state["step"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        check_reach(folder, error)
         raise UserError(f"{folder}: not a whole checkpoint: {type(error).__name__}: {error}") from None
     if wrong:
         raise UserError(f"{folder}: not a whole checkpoint: {wrong[0]} has another size than when it was saved")
     return state
+
+
+def check_reach(folder: Path, error: Exception) -> None:
+    """Raises OutOfReach if `error` says so: a run that went back to an older checkpoint because of it would lose steps."""
+    if isinstance(error, OSError) and error.errno in OUT_OF_REACH:
+        raise OutOfReach(
+            f"{error.filename or folder}: cannot be read on {socket.gethostname()}: {error.strerror}. Mend that, and run the "
+            "same command again"
+        ) from None
+
+
+def seal_of(state: dict[str, Any]) -> str:
+    """SHA-256 of what a state.json says."""
+    return hashlib.sha256(render_json(state)).hexdigest()
 
 
 def check_files(folder: Path, state: dict[str, Any], names: list[str]) -> None:
@@ -90,32 +122,44 @@ def check_files(folder: Path, state: dict[str, Any], names: list[str]) -> None:
         try:
             same = hash_file(folder / name) == state["files"][name]["sha256"]
         except (OSError, KeyError) as error:
+            check_reach(folder, error)
             raise UserError(f"{folder}: not a whole checkpoint: {name}: {error}") from None
         if not same:
             raise UserError(f"{folder}: not a whole checkpoint: {name} has other bytes than when it was saved")
 
 
+def check_whole(folder: Path) -> None:
+    """Read all of a checkpoint. Raises UserError if anything is not as it was saved."""
+    state = read_state(folder)
+    check_files(folder, state, list(state["files"]))
+
+
 def verify(folder: Path, world: World) -> tuple[dict[str, Any] | None, str]:
     """The state of a checkpoint that is whole, else None and why not: the same on every rank, which share the reading.
 
-    Collective.
+    Raises UserError on every rank if one of them does not get at it. Collective.
     """
-    state, problem = None, ""
+    state, problem = None, None
     if world.is_main:
         try:
             state = read_state(folder)
         except UserError as error:
-            problem = str(error)
+            problem = error
     state, problem = world.share((state, problem))
+    if isinstance(problem, OutOfReach):
+        raise problem
     if state is None:
-        return None, problem
+        return None, str(problem)
     largest_first = sorted(state["files"], key=lambda name: -state["files"][name]["bytes"])
     try:
         check_files(folder, state, largest_first[world.rank :: world.size])
     except UserError as error:
-        problem = str(error)
-    problem = next(filter(None, world.gather_objects(problem)), "")
-    return (None, problem) if problem else (state, "")
+        problem = error
+    problems = [problem for problem in world.gather_objects(problem) if problem]
+    for problem in problems:
+        if isinstance(problem, OutOfReach):
+            raise problem
+    return (None, str(problems[0])) if problems else (state, "")
 
 
 def find_newest(run: str | Path, world: World, target: str | None = None) -> Found | None:
@@ -126,7 +170,7 @@ def find_newest(run: str | Path, world: World, target: str | None = None) -> Fou
     """
     with all_or_none(Path(run), world):
         if target and world.is_main and not folders(run):
-            fetch_newest(target, Path(run) / "checkpoints")
+            fetch_newest(target, Path(run) / "checkpoints", check_whole)
     found = world.share(folders(run) if world.is_main else None)
     passed_over = []
     for folder in reversed(found):
@@ -166,8 +210,10 @@ def load_weights(
             names = [name for name in (WEIGHTS, EXTRA)[: 1 + with_extra] if name in state["files"]]
             check_files(folder, state, names)
             return load_file(folder / WEIGHTS), load_file(folder / EXTRA) if EXTRA in names else {}, state
-        except (UserError, SafetensorError) as error:
-            log.warning("%s; trying the one before", error)
+        except OutOfReach:
+            raise
+        except (UserError, SafetensorError, OSError) as error:
+            log.warning("%s; trying the one before", error if isinstance(error, UserError) else f"{folder}: {error}")
     raise UserError(f"{run}: none of its {len(found)} checkpoints is whole. Start a new run folder: run=...")
 
 
@@ -238,9 +284,10 @@ class Saver:
         first = self.staging or temporary
         with all_or_none(temporary, self.world):
             if self.world.is_main:
+                self.check_held()  # else what is removed here may be of the life that has the folder now
                 self.parent.mkdir(parents=True, exist_ok=True)
                 for unfinished in self.parent.glob("tmp_step_*"):  # of runs that were killed in mid-save
-                    shutil.rmtree(unfinished)
+                    remove_tree(unfinished)
                 needed = space_needed(self.engine) + sum(tensor.nbytes for tensor in extra.values())
                 check_free_space(self.parent, needed)
                 (temporary / DEEPSPEED_TAG).mkdir(parents=True)
@@ -271,10 +318,9 @@ class Saver:
         if not self.staging:
             self.finish()
 
-    def poll(self) -> None:
-        """Finish the save in the background if it has reached the run folder on every rank. Collective."""
-        if self.pending and not self.world.any(self.pending.thread.is_alive()):
-            self.finish()
+    def has_arrived(self) -> bool:
+        """Whether a save in the background has reached the run folder on every rank, and is to be finished. Collective."""
+        return self.pending is not None and not self.world.any(self.pending.thread.is_alive())
 
     def finish(self) -> None:
         """Wait for the save that is under way, if one is, and give its folder its name. Collective. Raises as `save`."""
@@ -294,11 +340,20 @@ class Saver:
                 sync_folder(pending.temporary / DEEPSPEED_TAG)
                 self.check_held()
                 finish(pending.temporary, final, pending.state, facts)
-                prune(self.run, self.keep)
+                prune(self.run, lambda steps: self.keep(steps) | self.being_copied())
         stall_s = pending.stall_s + time.perf_counter() - started_s
-        if self.mirror:
-            self.mirror.push(final)
+        self.copy(final)
         self.on_saved(Saved(final, pending.step, sum(fact["bytes"] for fact in facts.values()), stall_s))
+
+    def copy(self, folder: Path) -> None:
+        """Have a whole checkpoint copied to the target, if there is one and it does not hold it yet."""
+        if self.mirror:
+            self.mirror.push(folder)
+
+    def being_copied(self) -> set[int]:
+        """The step of the checkpoint that is read now: removed, it would never be whole at a target that is slow."""
+        folder = self.mirror.copied if self.mirror else None
+        return {step_of(folder)} if folder else set()
 
     def close(self) -> None:
         """Wait for all that is under way, copies included. Collective."""
@@ -339,13 +394,16 @@ class Pending:
             self.work()
         except OSError as error:
             self.problem = error
+        except Exception as error:  # in a thread: what is not noted would leave a checkpoint without these files
+            self.problem = RuntimeError(f"{type(error).__name__}: {first_line(error)}")
 
 
 def finish(temporary: Path, final: Path, state: dict[str, Any], files: dict[str, dict[str, Any]]) -> None:
     """Write state.json, `files` being what `seal` said of each, and give the folder its name."""
-    write_json_atomic(temporary / STATE, {**state, "files": dict(sorted(files.items()))})
-    if final.exists():  # of the same step, from before a rollback
-        shutil.rmtree(final)
+    state = json.loads(render_json({**state, "files": dict(sorted(files.items()))}))  # as it will be read back
+    write_json_atomic(temporary / STATE, {**state, SEAL: seal_of(state)})
+    if final.exists():  # of the same step
+        remove(final)
     os.replace(temporary, final)
     sync_folder(final.parent)
 
@@ -355,10 +413,24 @@ def prune(run: str | Path, keep: Callable[[list[int]], set[int]]) -> list[Path]:
     found = {step_of(folder): folder for folder in folders(run)}
     removed = [folder for step, folder in found.items() if step not in keep(sorted(found))]
     for folder in removed:
-        trash = folder.with_name(f"tmp_{folder.name}")  # a removal that is cut short leaves no half checkpoint
-        os.replace(folder, trash)
-        shutil.rmtree(trash)
+        remove(folder)
     return removed
+
+
+def remove(folder: Path) -> None:
+    """Remove a checkpoint. A removal that is cut short leaves no half one."""
+    trash = folder.with_name(f"tmp_{folder.name}")
+    remove_tree(trash)
+    os.replace(folder, trash)
+    remove_tree(trash)
+
+
+def remove_tree(folder: Path) -> None:
+    """Remove what is no checkpoint, or as much of it as can be: on NFS, files that somebody still reads stay for a while,
+    and no run is to end because of that. The next save tries again."""
+    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        log.warning("%s: cannot be removed yet", folder)
 
 
 def keep_last(count: int, every_steps: int | None = None) -> Callable[[list[int]], set[int]]:

@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from data_tools.errors import UserError
+from data_tools.errors import UserError, first_line
 from data_tools.files import format_bytes, write_json_atomic
 from pretrain import checkpoint
 from pretrain.checkpoint import elastic
@@ -65,8 +66,11 @@ def consolidate(run: str, out: str, step: int | None) -> int:
         for moment in elastic.MOMENTS:
             values = moments.get(name, moment, weights[name].numel())
             whole[f"{moment}/{name}"] = values.reshape(weights[name].shape).contiguous()
-    save_file(weights, target / checkpoint.WEIGHTS)
-    save_file(whole, target / MOMENTS)
+    try:
+        save_file(weights, target / checkpoint.WEIGHTS)
+        save_file(whole, target / MOMENTS)
+    except (OSError, SafetensorError) as error:  # which wraps the system's
+        raise UserError(f"{out}: cannot be written: {first_line(error)}. Free space and choose a new folder") from None
     kept = {key: state[key] for key in ("step", "model", "engine", "config", "versions")}
     write_json_atomic(target / checkpoint.STATE, {**kept, "updates": moments.updates})
     print(f"{target}: {folder.name}, {len(weights)} tensors, moments of {len(moments.pieces)}")
@@ -74,10 +78,20 @@ def consolidate(run: str, out: str, step: int | None) -> int:
 
 
 def prune_checkpoints(run: str, keep: int, keep_every: int | None) -> int:
-    """Remove all but the last `keep` and those of each `keep_every`-th step. Refuses while a run works in the folder."""
+    """Remove all but the last `keep` and those of each `keep_every`-th step. Refuses while a run works in the folder.
+
+    What a run could not go on from does not count, and stays for somebody to look at: all that it finds is read.
+    """
     existing(run)
     with lock_run(run, World()):
-        for folder in checkpoint.prune(run, checkpoint.keep_last(keep, keep_every)):
+        damaged = set()
+        for folder in checkpoint.folders(run):
+            state, problem = checkpoint.verify(folder, World())
+            if state is None:
+                damaged.add(checkpoint.step_of(folder))
+                print(f"{problem}; it stays")
+        last = checkpoint.keep_last(keep, keep_every)
+        for folder in checkpoint.prune(run, lambda steps: damaged | last([s for s in steps if s not in damaged])):
             print(f"{folder.name}  removed")
     return 0
 

@@ -27,6 +27,7 @@ class Mirror:
         self.target, self.keep = target, keep
         self.thread: threading.Thread | None = None
         self.waiting: Path | None = None
+        self.copied: Path | None = None  # now
 
     def push(self, folder: Path) -> None:
         """Begin to copy a whole checkpoint, now or after the one that is under way."""
@@ -44,12 +45,14 @@ class Mirror:
 
     def work(self) -> None:
         while self.waiting:
-            folder, self.waiting = self.waiting, None
+            self.copied = folder = self.waiting
+            self.waiting = None
             try:
                 copy_out(folder, self.target)
                 prune(self.target, self.keep)
             except Exception as error:  # stores raise whatever their libraries do
                 log.warning("%s: no copy of %s: %s. The run goes on", self.target, folder.name, first_line(error))
+            self.copied = None
 
 
 def open_store(target: str) -> tuple[Any, str]:
@@ -64,11 +67,13 @@ def open_store(target: str) -> tuple[Any, str]:
 
 def copy_out(folder: Path, target: str) -> None:
     store, root = open_store(target)
-    state = json.loads((folder / STATE).read_text())
+    text = (folder / STATE).read_bytes()
     place = f"{root}/{folder.name}"
-    if store.exists(f"{place}/{STATE}"):  # of the same step, from before a rollback
-        store.rm_file(f"{place}/{STATE}")
-    for name in [*state["files"], STATE]:
+    if store.exists(f"{place}/{STATE}"):
+        if store.cat_file(f"{place}/{STATE}") == text:  # it went last, so all is there
+            return
+        store.rm_file(f"{place}/{STATE}")  # of the same step, from before a rollback
+    for name in [*json.loads(text)["files"], STATE]:
         store.makedirs(os.path.dirname(f"{place}/{name}"), exist_ok=True)
         store.put_file(str(folder / name), f"{place}/{name}")
 
@@ -92,30 +97,44 @@ def prune(target: str, keep: Callable[[list[int]], set[int]]) -> None:
         store.rm(found[step], recursive=True)
 
 
-def fetch_newest(target: str, parent: Path) -> Path | None:
-    """Copy the newest checkpoint there into `parent` (RUN/checkpoints); None if there is none.
+def fetch_newest(target: str, parent: Path, check: Callable[[Path], None]) -> Path | None:
+    """Copy the newest checkpoint there that is whole into `parent` (RUN/checkpoints); None if there is none at all.
 
-    Raises UserError when the store cannot be read: to begin anew would be to lose what it holds.
+    `check` raises UserError for a folder that is not whole. Raises UserError when the store cannot be read, or holds only
+    damaged ones: to begin anew would be to lose what it holds.
     """
+    advice, problem = "Mend it, or set checkpoint.target=null to begin anew", ""
     try:
         found = steps_at(target)
-        if not found:
-            return None
         store, _ = open_store(target)
-        place = found[max(found)]
-        final = parent / place.rpartition("/")[2]
-        temporary = final.with_name(f"tmp_{final.name}")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        store.get_file(f"{place}/{STATE}", str(temporary / STATE))
-        for name in json.loads((temporary / STATE).read_text())["files"]:
-            (temporary / name).parent.mkdir(exist_ok=True)
-            store.get_file(f"{place}/{name}", str(temporary / name))
+        for step in sorted(found, reverse=True):
+            final = parent / found[step].rpartition("/")[2]
+            temporary = final.with_name(f"tmp_{final.name}")
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            try:
+                copy_in(store, found[step], temporary)
+                check(temporary)
+            except (UserError, FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
+                problem = f"{found[step]} is not whole: {first_line(error)}"
+                log.warning("checkpoint.target: %s; trying the one before", problem)
+                shutil.rmtree(temporary)
+                continue
+            os.replace(temporary, final)
+            return final
     except UserError:
         raise
     except Exception as error:  # stores raise whatever their libraries do
+        raise UserError(f"checkpoint.target: {target}: cannot be read: {first_line(error)}. {advice}") from None
+    if problem:
         raise UserError(
-            f"checkpoint.target: {target}: cannot be read: {first_line(error)}. Mend it, or set checkpoint.target=null to begin anew"
-        ) from None
-    os.replace(temporary, final)
-    return final
+            f"checkpoint.target: {target}: none of its {len(found)} checkpoints is whole ({problem}). {advice}"
+        )
+    return None
+
+
+def copy_in(store: Any, place: str, folder: Path) -> None:
+    store.get_file(f"{place}/{STATE}", str(folder / STATE))
+    for name in json.loads((folder / STATE).read_text())["files"]:
+        (folder / name).parent.mkdir(exist_ok=True)
+        store.get_file(f"{place}/{name}", str(folder / name))

@@ -181,13 +181,13 @@ def test_the_library_of_training_measures_too() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     queue = context.Queue()
-    processes = [context.Process(target=measure_by_gloo, args=(rank, 3, port, queue)) for rank in range(3)]
+    processes = [context.Process(target=measure_by_gloo, args=(rank, 2, port, queue)) for rank in range(2)]
     for process in processes:
         process.start()
-    found = dict(queue.get(timeout=120) for _ in processes)
+    found = dict(queue.get(timeout=240) for _ in processes)
     for process in processes:
         process.join(timeout=30)
-    assert {rank: set(facts["mb_s"]) for rank, facts in found.items()} == {0: {"1", "2"}, 1: {"0", "2"}, 2: {"0", "1"}}
+    assert {rank: set(facts["mb_s"]) for rank, facts in found.items()} == {0: {"1"}, 1: {"0"}}
     assert all(rate > 1 for facts in found.values() for rate in facts["mb_s"].values())
 
 

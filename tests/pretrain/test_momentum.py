@@ -184,13 +184,13 @@ def follow_and_resume(world: World, folder: str, runs: list[tuple[int, str]]) ->
                 saved = []
                 saver = checkpoint.Saver(engine, run, checkpoint.CheckpointConfig(), world, saved.append)
                 saver.save(SAVED_STEPS, {"step": SAVED_STEPS}, state)
-        state, towers = momentum.state(), momentum.towers.state_dict()
+        state, towers = world.share(momentum.state()), momentum.towers.state_dict()
         engine.destroy()
         exact = all(torch.equal(state[f"momentum.weights.{name}"], value) for name, value in averages.items())
         cast = all(torch.equal(towers[name], value.to(towers[name].dtype)) for name, value in averages.items())
         engine, momentum = begin(world, stage, precision, saved[0].folder)
         again = [take_step(world, engine, momentum, step) for step in range(SAVED_STEPS, LAST_STEP + 1)]
-        last = momentum.state()
+        last = world.share(momentum.state())
         engine.destroy()
         same = state.keys() == last.keys() and all(torch.equal(state[name], last[name]) for name in state)
         results.append((exact, cast, losses[SAVED_STEPS:] == again, same, len(averages) > 20))

@@ -1,6 +1,7 @@
 """Real processes, killed, and resumed: whole checkpoints or none, bit for bit, and on other numbers of ranks."""
 
 import ctypes
+import errno
 import json
 import os
 import random
@@ -33,9 +34,14 @@ from safetensors.torch import load_file
 from data_tools.errors import UserError
 from pretrain import checkpoint
 from pretrain.__main__ import main
+from pretrain.checkpoint import Saved
+from pretrain.checkpoint import mirror as mirror_module
 from pretrain.checkpoint.mirror import Mirror
+from pretrain.events import LOCK, RunLock
 from pretrain.life import Life
 from pretrain.restore import load_run
+from pretrain.train import TrainConfig, fit_micro_batch
+from pretrain.watch import WatchConfig
 from pretrain.world import World
 
 STEPS = 8
@@ -144,6 +150,29 @@ def test_files_ask_for_a_save_and_for_a_stop(shards: Path, tmp_path: Path, whole
     assert keys_of(run) == keys_of(whole_run) and losses_of(run) == losses_of(whole_run)
 
 
+def test_a_save_under_way_answers_what_asked_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And that once, also where it takes many steps to reach the run folder; it does not answer what asks later."""
+    monkeypatch.setattr(signal, "signal", lambda *others: None)  # those of the tests stay
+
+    class Ready:
+        agree = staticmethod(lambda ask: ask())
+
+    life, saved = Life(tmp_path, WatchConfig(), None, World(), RunLock(tmp_path / LOCK, "")), Saved(tmp_path, 3, 0, 0.0)
+    try:
+        (tmp_path / "SAVE").touch()
+        assert life.wait_for(Ready, is_saved=False) == (False, True)
+        life.begin_save()
+        assert life.wait_for(Ready, is_saved=False) == (False, False)
+        life.saved(saved)
+        assert not (tmp_path / "SAVE").exists()
+        life.begin_save()
+        (tmp_path / "SAVE").touch()
+        life.saved(saved)
+        assert life.wait_for(Ready, is_saved=False) == (False, True)
+    finally:
+        life.close()
+
+
 def stall_rank_1(run: Path) -> None:
     stall(1, 4 * 8)
 
@@ -199,12 +228,38 @@ def test_a_damaged_file_is_found_and_the_checkpoint_before_taken(name: str, tmp_
     newest = run / "checkpoints" / "step_00000008"
     (path,) = [path for path in newest.rglob("*") if path.name.startswith(name)]
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 64 if path.suffix != ".json" else 128  # one bit, of the same size
+    if path.suffix == ".json":
+        place = content.index(b'"position": ') + len(b'"position": ')  # another digit, and all is JSON as before
+        content[place] = ord("1") + (content[place] == ord("1"))
+    else:
+        content[len(content) // 2] ^= 64  # one bit, of the same size
     path.write_bytes(content)
     found = checkpoint.find_newest(run, World())
     assert found.folder.name == "step_00000006"
     assert [folder.name for folder, _ in found.passed_over] == ["step_00000008"]
     assert "step_00000008: not a whole checkpoint" in found.passed_over[0][1]
+
+
+@pytest.mark.parametrize("name", ["state.json", "weights.safetensors"])
+def test_what_is_out_of_reach_is_not_taken_for_damaged(
+    name: str, tmp_path: Path, whole_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a mount has gone stale on one node: to go back to an older checkpoint would be to lose steps."""
+    run = copy_run(whole_run, tmp_path / "run")
+
+    def refuse(function):
+        def refusing(path: Path, *others: object, **named: object) -> object:
+            if str(path).endswith(f"step_00000008/{name}"):
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+            return function(path, *others, **named)
+
+        return refusing
+
+    monkeypatch.setattr(Path, "read_text", refuse(Path.read_text))
+    monkeypatch.setattr(checkpoint, "hash_file", refuse(checkpoint.hash_file))
+    with pytest.raises(UserError, match=f"step_00000008/{name}: cannot be read on .*Stale file handle"):
+        checkpoint.find_newest(run, World())
+    assert len(checkpoint.folders(run)) == 2
 
 
 def test_a_run_falls_back_on_record(shards: Path, tmp_path: Path, whole_run: Path) -> None:
@@ -261,8 +316,41 @@ def is_stopped(pid: int) -> bool:
 def test_checkpoints_are_kept_by_number_and_for_good(tmp_path: Path) -> None:
     for step in (10, 20, 30, 40, 50):
         (tmp_path / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
+    for other in ("step_00000050_mine", "step_old", "step_00000050.bak"):  # of somebody's
+        (tmp_path / "checkpoints" / other).mkdir()
+    (tmp_path / "checkpoints" / "step_100000000").mkdir()
     checkpoint.prune(tmp_path, checkpoint.keep_last(2, every_steps=20))
-    assert [checkpoint.step_of(folder) for folder in checkpoint.folders(tmp_path)] == [20, 40, 50]
+    assert [checkpoint.step_of(folder) for folder in checkpoint.folders(tmp_path)] == [20, 40, 50, 100000000]
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 7
+
+
+def test_what_cannot_be_removed_costs_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    """As on NFS, where files that somebody still reads keep their folder from going."""
+    for step in (10, 20):
+        (tmp_path / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
+    monkeypatch.setattr(os, "rmdir", lambda *others, **named: os.stat("/nowhere/at/all"))
+    checkpoint.prune(tmp_path, checkpoint.keep_last(1))
+    assert [checkpoint.step_of(folder) for folder in checkpoint.folders(tmp_path)] == [20]
+    assert "cannot be removed yet" in caplog.text
+
+
+def test_a_thread_that_fails_leaves_no_checkpoint_without_its_files(tmp_path: Path, monkeypatch) -> None:
+    def seal(path: Path) -> None:
+        raise ValueError("of whatever kind")
+
+    monkeypatch.setattr(checkpoint, "seal", seal)
+    pending = checkpoint.Pending(3, {}, tmp_path, ["file"], None)
+    pending.thread.start()
+    pending.thread.join()
+    assert "of whatever kind" in str(pending.problem)
+
+
+def test_micro_batches_stay_fitted_in_later_lives() -> None:
+    """Also in those on as many ranks as saved: the size that fits is in no config."""
+    config = TrainConfig(batch_size=24, micro_batch_size=3, duration="8 steps")
+    found = checkpoint.Found(Path(), {"world_size": 3}, [])
+    assert [fit_micro_batch(config, found, World(0, size)) for size in (3, 4, 1)] == [2, 3, 3]
+    assert fit_micro_batch(config, None, World(0, 3)) == 3  # of a new run: refused
 
 
 def test_ranks_and_zero_stages_may_change(shards: Path, tmp_path: Path) -> None:
@@ -383,6 +471,13 @@ def test_checkpoints_are_looked_after(tmp_path: Path, whole_run: Path, capfd: py
     assert main(["checkpoint", "verify", str(run)]) == 1
     assert "weights.safetensors has another size" in capfd.readouterr().out
     assert main(["checkpoint", "consolidate", str(run), "--out", str(tmp_path / "out"), "--step", "6"]) == 2
+    lone = copy_run(whole_run, tmp_path / "lone")
+    (lone / "checkpoints" / "step_00000008" / "weights.safetensors").write_bytes(b"")
+    assert main(["checkpoint", "prune", str(lone), "--keep", "1"]) == 0  # what is damaged neither counts nor goes
+    assert [folder.name for folder in checkpoint.folders(lone)] == ["step_00000006", "step_00000008"]
+    assert "another size than when it was saved; it stays" in capfd.readouterr().out
+    shutil.rmtree(run)
+    copy_run(whole_run, run)
     assert main(["checkpoint", "prune", str(run), "--keep", "1"]) == 0
     assert [folder.name for folder in checkpoint.folders(run)] == ["step_00000008"]
     assert main(["checkpoint", "list", str(tmp_path)]) == 2 and "holds no checkpoint" in capfd.readouterr().err
@@ -413,6 +508,20 @@ def test_a_disk_full_in_mid_save_ends_the_run_and_loses_nothing(shards: Path, tm
     assert life.wait() == [0, 0], life.stderr()
     assert_same_run(run, whole_run)
     assert not list((run / "checkpoints").glob("tmp_*"))
+
+
+def fill_the_disk_for_all(run: Path) -> None:
+    """After step 4, which no checkpoint holds, no file grows beyond the size that metrics.jsonl has by then; stderr may."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    at_end_of_step(4, lambda life: resource.setrlimit(resource.RLIMIT_FSIZE, (1500, resource.RLIM_INFINITY)))
+
+
+def test_a_disk_full_between_saves_ends_the_run_in_a_line(shards: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    life = live(shards, run, ranks=1, hook=fill_the_disk_for_all)
+    assert life.wait(grace_s=20) == [2], life.stderr()
+    assert "metrics.jsonl: File too large" in life.stderr() and "Traceback" not in life.stderr()
+    assert [folder.name for folder in checkpoint.folders(run)] == ["step_00000003"]
 
 
 def become_nobody(run: Path) -> None:
@@ -528,6 +637,38 @@ def test_a_target_that_is_gone_costs_a_warning_or_says_so(tmp_path: Path, whole_
     with pytest.raises(UserError, match="cannot be read|nosuch"):
         checkpoint.find_newest(tmp_path / "fresh", World(), "nosuch://bucket/run")
     assert checkpoint.find_newest(tmp_path / "fresh", World(), str(tmp_path / "empty")) is None
+
+
+def test_a_damaged_copy_is_passed_over_and_one_that_is_missing_made(tmp_path: Path, whole_run: Path) -> None:
+    target, newest = tmp_path / "copies", whole_run / "checkpoints" / "step_00000008"
+    mirror = Mirror(str(target), checkpoint.keep_last(2))
+    for folder in checkpoint.folders(whole_run):
+        mirror.push(folder)
+        mirror.finish()
+    written = (target / newest.name / checkpoint.WEIGHTS).stat().st_mtime_ns
+    mirror.push(newest)  # as each life does with that from which it starts
+    mirror.finish()
+    assert (target / newest.name / checkpoint.WEIGHTS).stat().st_mtime_ns == written
+    with open(target / newest.name / checkpoint.WEIGHTS, "r+b") as file:
+        file.write(b"other")
+    found = checkpoint.find_newest(tmp_path / "fresh", World(), str(target))
+    assert found.folder.name == "step_00000006" and found.state["step"] == 6
+    (target / newest.name / "state.json").write_text('{"step": 8')  # cut short
+    assert checkpoint.find_newest(tmp_path / "fresher", World(), str(target)).folder.name == "step_00000006"
+    (target / "step_00000006" / "state.json").write_text("{}")
+    with pytest.raises(UserError, match="none of its 2 checkpoints is whole"):
+        checkpoint.find_newest(tmp_path / "freshest", World(), str(target))
+
+
+def test_what_is_being_copied_is_not_pruned(tmp_path: Path, whole_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A target that takes longer than the run needs for the next checkpoints would else never hold a whole one."""
+    seen = []
+    saver = checkpoint.Saver(None, tmp_path, checkpoint.CheckpointConfig(target=str(tmp_path / "copies")), World())
+    monkeypatch.setattr(mirror_module, "copy_out", lambda folder, target: seen.append(saver.being_copied()))
+    assert saver.being_copied() == set()
+    saver.copy(whole_run / "checkpoints" / "step_00000006")
+    saver.mirror.finish()
+    assert seen == [{6}] and saver.being_copied() == set()
 
 
 def test_an_average_of_the_weights_is_kept_resumed_and_exported(shards: Path, tmp_path: Path) -> None:

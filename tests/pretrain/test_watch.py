@@ -1,19 +1,26 @@
 """A run in which nothing moves: stacks of the ranks that live, the right first cause, and the exit code for a restart."""
 
+import ctypes
+import json
+import multiprocessing
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 from lives import LifeOfRun, arguments, events_of
+from ranks import run_on_ranks
 
 from pretrain.events import LOCK, RunLock
+from pretrain.signals import StopRequest
 from pretrain.watch import Facts, Watch, WatchConfig, first_cause
-from pretrain.world import World
+from pretrain.world import World, connect
 
 HANG_AFTER = 5  # steps done; some times must be known
 LIMIT_S = 2.5  # long enough for a step on a machine that has other work
@@ -154,6 +161,83 @@ def test_limits_follow_the_median_step(tmp_path: Path, monkeypatch: pytest.Monke
     watch.enter("data", 8)
     watch.enter("data", 9)
     assert watch.limit_s() == 40 and max(watch.step_s) == 50 and len(watch.step_s) == 8
+    watch.enter("step", 9)
+    watch.enter("restore", 9)  # going back to a checkpoint
+    assert watch.limit_s() == 700
+    now_s += 500
+    watch.enter("data", 6)
+    watch.enter("data", 7)
+    assert watch.limit_s() == 40 and max(watch.step_s) == 50
+
+
+def test_collectives_wait_longer_than_the_watch() -> None:
+    """Else they would fail before it could name the cause, in a start or a save that takes a while."""
+    config = WatchConfig()
+    assert config.patience_s > max(config.start_s, config.save_s, config.least_s)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    told = run_on_ranks(join_and_tell, 2, config.patience_s, port)
+    assert told == [config.patience_s] * 2
+
+
+def join_and_tell(world: World, patience_s: float, port: int) -> float:
+    """In each rank: the time after which a collective of a job that was joined with this patience would fail."""
+    dist.destroy_process_group()
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    connect(patience_s)
+    return dist.distributed_c10d._get_default_group()._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+
+
+def test_a_life_that_has_been_given_up_gives_no_sign_at_its_end(tmp_path: Path) -> None:
+    (tmp_path / LOCK).write_text("mine")
+    watch = Watch(tmp_path, WatchConfig(), World(), RunLock(tmp_path / LOCK, "mine"))
+    watch.closed.set()  # its thread looks no more
+    watch.start()
+    (tmp_path / LOCK).write_text("another's")
+    watch.close()
+    assert not list((tmp_path / "progress").iterdir())
+
+
+def wait_for_nobody(run: Path) -> None:
+    """A process whose main thread hangs in C, as in a collective to which another rank does not come."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    stop = StopRequest()
+    watch = Watch(run, WatchConfig(), World(), RunLock(run / LOCK, ""), stop.insisted)
+    watch.start()
+    (run / "hangs").touch()
+    mutex = ctypes.create_string_buffer(64)  # zeros: one that nobody holds
+    for _ in range(2):  # the second waits for ever, whatever signals come
+        ctypes.CDLL(None).pthread_mutex_lock(mutex)
+
+
+def test_a_second_ctrl_c_ends_a_rank_that_hangs(tmp_path: Path) -> None:
+    process = multiprocessing.get_context("forkserver").Process(target=wait_for_nobody, args=(tmp_path,))
+    process.start()
+    deadline_s = time.monotonic() + 60
+    while not (tmp_path / "hangs").exists() and time.monotonic() < deadline_s:
+        time.sleep(0.02)
+    for _ in range(2):
+        time.sleep(0.5)
+        assert process.is_alive()
+        os.kill(process.pid, signal.SIGINT)
+    process.join(15)
+    code = process.exitcode
+    process.kill()
+    assert code == 130
+
+
+def test_one_rank_reads_what_all_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a thousand, each would else read a thousand files."""
+    monkeypatch.setattr(World, "share", lambda world, value: "life")
+    monkeypatch.setattr(os, "_exit", lambda code: None)
+    told = []
+    for rank in (1, 0):
+        watch = Watch(tmp_path, WatchConfig(), World(rank, 2), RunLock(tmp_path / LOCK, ""))
+        watch.reports().mkdir(parents=True, exist_ok=True)
+        (watch.reports() / f"rank-{1 - rank:05d}.json").write_text(json.dumps(fact(1 - rank)._asdict()))
+        monkeypatch.setattr(watch, "tell", lambda facts, rank=rank: told.append((rank, [said.rank for said in facts])))
+        watch.end()
+    assert told == [(0, [0, 1])]
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def continue_job(job: ResolvedJob, reason: str, exclude: list[str]) -> str | Non
     if (Path(job.run) / "done.json").exists():
         return None
     why_not = find_reason_to_stop(job, f"{job_id}.{restarts}")
-    action = None if why_not else choose_action(job, job_id)
+    action = None if why_not else choose_action(job, job_id, exclude)
     append_event(
         job.run,
         "continue",
@@ -89,13 +89,16 @@ def newest_checkpoint(run: Path) -> int | None:
     return max((int(step) for step in steps if step.isdigit()), default=None)
 
 
-def choose_action(job: ResolvedJob, job_id: str) -> str | None:
-    """A chain goes on with its next job. Otherwise the job is queued again, unless the cluster cancels what it preempts: then a
-    job that is queued again would be cancelled too, and a new one takes its place."""
+def choose_action(job: ResolvedJob, job_id: str, exclude: list[str]) -> str | None:
+    """A chain goes on with its next job. Otherwise the job is queued again, but for two cases in which a new job takes its place:
+    the cluster cancels what it preempts, and so what it has queued again; and nodes are to be left out. Slurm takes nodes that
+    fail out of a job, and a job that is queued again after that (22.05) may get nodes without GPUs to start a step on."""
     if job.chain > 1:
         return "resubmit" if find_next(job) else None
     if not job.requeue:
         return None
+    if exclude and shutil.which("sbatch"):
+        return "resubmit"
     found = ask(slurm.query_job, job_id) if shutil.which("scontrol") else None
     if found and found.preempted and slurm.preempt_mode(job.partition) == "CANCEL":
         return "resubmit"
@@ -121,7 +124,7 @@ def ask(function: Callable[..., Any], *arguments: str) -> Any:
 
 
 def requeue(job: ResolvedJob, job_id: str, restarts: int, exclude: list[str]) -> str | None:
-    """Queue this job again. Slurm ends it at once; what is left of KillWait suffices to name the nodes to leave out."""
+    """Queue this job again. Slurm ends it at once."""
     if shutil.which("scontrol") is None:  # in a container: the batch script asks for it
         (job.launch / "jobs" / f"{job_id}-{restarts}" / "requeue").touch()
         return "requeue"
@@ -134,7 +137,6 @@ def requeue(job: ResolvedJob, job_id: str, restarts: int, exclude: list[str]) ->
         ask(slurm.call, "scontrol", "requeue", job_id)
     except UserError as error:
         return fail(job, str(error))
-    leave_out(job, [job_id], exclude)
     return "requeue"
 
 

@@ -17,7 +17,7 @@ demo: $(READY)
 
 # Two files at a time: while one waits for a cluster or for ranks of its own, the other computes.
 test: $(READY)
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-faults: $(READY)
 	$(VENV)/bin/python -m pytest -m faults

@@ -71,7 +71,7 @@ def test_a_first_sample_that_is_bad(shards: Path, monkeypatch: pytest.MonkeyPatc
     assert report["bad"] == 1 and list(report["samples_per_s"]) == [1, 2]
 
 
-@pytest.mark.parametrize(("step_s", "limit"), [(0.6, "the step"), (0.05, "read")])
+@pytest.mark.parametrize(("step_s", "limit"), [(0.6, "the step"), pytest.param(0.05, "read", marks=pytest.mark.faults)])
 def test_the_wait_depends_on_the_step(step_s: float, limit: str, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read = supply.IndexedSupply.read
 

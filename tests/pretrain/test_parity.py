@@ -13,7 +13,8 @@ CASES = [(parity.Case("resnet", "clip", "cross", parity.LOSSES), 1)]
 
 STEPS = 20
 RUNS = {  # ZeRO stage, micro-batches, offload
-    "fp32": [(0, 1, "none"), (1, 2, "none"), (2, 1, "none"), (3, 2, "none"), (2, 2, "optimizer"), (3, 1, "all")],
+    "fp32": [(0, 1, "none"), (1, 2, "none"), (2, 1, "none"), (3, 2, "none")],
+    "fp32 with offload": [(2, 2, "optimizer"), (3, 1, "all")],
     "bf16": [(0, 2, "none"), (1, 1, "none"), (2, 2, "none"), (3, 1, "none")],
 }
 
@@ -57,11 +58,14 @@ def plain() -> np.ndarray:
     return np.array(losses)
 
 
-@pytest.mark.parametrize("precision", RUNS)
-def test_zero_stages_and_micro_batches_give_the_losses_of_plain_pytorch(plain: np.ndarray, precision: str) -> None:
+@pytest.mark.parametrize(
+    "name", [name if name == "fp32" else pytest.param(name, marks=pytest.mark.faults) for name in RUNS]
+)
+def test_zero_stages_and_micro_batches_give_the_losses_of_plain_pytorch(plain: np.ndarray, name: str) -> None:
     """All losses and dropout on, weights and moments in the host's memory or not, and one step skipped by all ranks because
     one image of rank 1 had become NaN. Nothing hangs: run_on_ranks has a time limit."""
-    runs = [Run(stage, count, precision, offload) for stage, count, offload in RUNS[precision]]
+    precision = name[:4]
+    runs = [Run(stage, count, precision, offload) for stage, count, offload in RUNS[name]]
     for run, (losses, skipped) in zip(
         runs, run_on_ranks(parity.train_losses, 2, runs, STEPS, parity.Case())[0], strict=True
     ):

@@ -303,12 +303,17 @@ def test_a_life_given_up_that_wakes_leaves_the_run_to_the_next(shards: Path, tmp
     (run / "run.lock").unlink()  # as a launcher does that has given it up
     second = live(shards, run)
     assert second.wait() == [0, 0], second.stderr()
-    left = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+    left = {path: path.stat().st_mtime_ns for path in written(run)}
     first.signal(signal.SIGCONT)
     codes = first.wait(grace_s=10)
     assert codes[0] == 86 and 0 not in codes and 85 not in codes  # rank 1 may find its peer gone first
-    assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == left
+    assert {path: path.stat().st_mtime_ns for path in written(run)} == left
     assert_same_run(run, whole_run)
+
+
+def written(run: Path) -> list[Path]:
+    """The files of a run, but for TensorBoard's: each life has one of its own, and may write out what it still holds."""
+    return [path for path in run.rglob("*") if path.is_file() and path.parent.name != "tensorboard"]
 
 
 def is_stopped(pid: int) -> bool:
@@ -418,7 +423,7 @@ def moments_of(run: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tens
     ("precision", "layouts"),
     [
         ("fp32", [(4, 2), (2, 3), (3, 1), (1, 0), (2, 2), (1, 3), (2, 0)]),
-        ("bf16", [(2, 1), (3, 3), (2, 0), (2, 2)]),
+        pytest.param("bf16", [(2, 1), (3, 3), (2, 0), (2, 2)], marks=pytest.mark.faults),
     ],
 )
 def test_moments_survive_any_change_of_layout(precision: str, layouts: list, shards: Path, tmp_path: Path) -> None:

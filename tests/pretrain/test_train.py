@@ -93,6 +93,7 @@ def test_a_run_explains_itself(whole_run: Path) -> None:
     assert names == ["step_00000006", "step_00000008"]  # each third step and the last; the two newest are kept
 
 
+@pytest.mark.faults  # as commands; test_resume.py has it with forked ranks
 def test_a_stopped_run_resumes_bit_for_bit(
     shards: Path, tmp_path: Path, whole_run: Path, start_pretrain, run_pretrain
 ) -> None:
@@ -109,6 +110,7 @@ def test_a_stopped_run_resumes_bit_for_bit(
     assert_same_run(run, whole_run)
 
 
+@pytest.mark.faults  # as commands; test_resume.py has it with forked ranks
 def test_a_killed_run_resumes_bit_for_bit(
     shards: Path, tmp_path: Path, whole_run: Path, start_pretrain, run_pretrain
 ) -> None:
@@ -128,6 +130,7 @@ def test_a_killed_run_resumes_bit_for_bit(
     assert_same_run(run, whole_run)
 
 
+@pytest.mark.faults  # as commands; test_resume.py has it with forked ranks
 def test_a_damaged_checkpoint_is_passed_over(shards: Path, tmp_path: Path, whole_run: Path, run_pretrain) -> None:
     run = tmp_path / "damaged"
     shutil.copytree(whole_run, run)

@@ -120,6 +120,23 @@ def write_json_atomic(path: str | Path, value: Any) -> None:
     write_atomic(path, render_json(value))
 
 
+def append_json_line(path: Path, value: dict[str, Any]) -> None:
+    """Append one JSON object, in one write, so that lines of several writers never mix; on the disk when this returns."""
+    line = json.dumps(value) + "\n"
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        size = os.fstat(descriptor).st_size
+        if size and os.pread(descriptor, 1, size - 1) != b"\n":  # a crash has cut the line before
+            line = "\n" + line
+        os.write(descriptor, line.encode())
+        os.fsync(descriptor)
+    except OSError as error:
+        error.filename = str(path)
+        raise
+    finally:
+        os.close(descriptor)
+
+
 def render_json(value: Any) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 

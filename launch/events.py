@@ -6,7 +6,6 @@ itself is in RUN/events.jsonl.
 
 import contextlib
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -17,18 +16,11 @@ EVENTS = "events.jsonl"
 
 def append_event(run: str | Path, event: str, **facts: Any) -> None:
     """Append one event, in one write, so that lines of several writers never mix. `time` may be among the facts."""
+    from data_tools.files import append_json_line  # here: a command that writes nothing starts without it
+
     path = Path(run) / FOLDER / EVENTS
     path.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps({"time": time.time(), "event": event, **facts}) + "\n"
-    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        size = os.fstat(descriptor).st_size
-        if size and os.pread(descriptor, 1, size - 1) != b"\n":  # a crash has cut the line before
-            line = "\n" + line
-        os.write(descriptor, line.encode())
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    append_json_line(path, {"time": time.time(), "event": event, **facts})
 
 
 def read_launch_events(run: str | Path) -> list[dict[str, Any]]:

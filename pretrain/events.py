@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_tools.errors import UserError
+from data_tools.files import append_json_line
 
 if TYPE_CHECKING:  # `python -m launch report` reads events without torch
     from pretrain.world import World
@@ -37,19 +38,7 @@ class Events:
         self.path = Path(run) / (EVENTS if rank == 0 else f"events.rank-{rank:05d}.jsonl")
 
     def log(self, event: str, step: int, **facts: Any) -> None:
-        line = json.dumps({"time": time.time(), "event": event, "step": step, **facts}) + "\n"
-        descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            size = os.fstat(descriptor).st_size
-            if size and os.pread(descriptor, 1, size - 1) != b"\n":  # a crash has cut the line before
-                line = "\n" + line
-            os.write(descriptor, line.encode())
-            os.fsync(descriptor)
-        except OSError as error:
-            error.filename = str(self.path)
-            raise
-        finally:
-            os.close(descriptor)
+        append_json_line(self.path, {"time": time.time(), "event": event, "step": step, **facts})
 
 
 def read_events(run: str | Path) -> list[dict[str, Any]]:

@@ -15,9 +15,9 @@ READERS := energon huggingface open_clip
 demo: $(READY)
 	$(VENV)/bin/python -m pretrain demo
 
-# Two files at a time: while one waits for a cluster or for ranks of its own, the other computes.
+# Three files at a time, on 2 cores: while one waits for a cluster or for ranks of its own, the others compute.
 test: $(READY)
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(VENV)/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test-faults: $(READY)
 	$(VENV)/bin/python -m pytest -m faults

@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any, Literal
+from unittest import mock
 
 import pydantic
 import torch
@@ -109,6 +110,9 @@ def import_deepspeed() -> Any:
         # On CPUs it would compile a shared-memory all-reduce at start, which fails without a compiler and leaves files
         # in /dev/shm after a crash. gloo does the same work.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Any ZeRO optimiser imports Muon, which has a function compiled at import; the compiler takes seconds to import.
+    with mock.patch("deepspeed.runtime.compiler.compile", lambda **_: lambda function: function):
+        import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # its import sets the level once more
     return deepspeed
 

@@ -12,6 +12,7 @@ TESTS = Path(__file__).parent
 sys.path[:0] = [str(TESTS), str(TESTS / "pretrain")]  # paths.py, ranks.py, parity.py
 
 from paths import ROOT  # noqa: E402
+from ranks import Command  # noqa: E402
 
 # There is one server of forks in a process. It starts with the first test that needs it, and has this environment then.
 multiprocessing.set_forkserver_preload(["imported"])
@@ -19,6 +20,15 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *sys.path[:2], os.environ
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may need the network, nor wait for it
 os.environ["OMP_NUM_THREADS"] = "1"  # the models are tiny: threads would only wait for each other
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Spread each folder's files evenly over the order, so that tests of launch, which mostly wait, run beside others."""
+    files: dict[Path, dict[Path, None]] = {}
+    for item in items:
+        files.setdefault(item.path.parent, {})[item.path] = None
+    place = {path: (number + 0.5) / len(folder) for folder in files.values() for number, path in enumerate(folder)}
+    items.sort(key=lambda item: place[item.path])
 
 
 @pytest.fixture(scope="session")
@@ -67,5 +77,17 @@ def run_pretrain(start_pretrain):
         process = start_pretrain(*arguments)
         stdout, stderr = process.communicate(timeout=300)
         return process.returncode, stdout, stderr
+
+    return run
+
+
+@pytest.fixture
+def fork_pretrain(tmp_path: Path):
+    """The same as `run_pretrain`, as `ranks` processes that need not import anything: the way to a run that is quick."""
+
+    def run(*arguments: object, ranks: int | None = None) -> tuple[int, str, str]:
+        command = Command([str(argument) for argument in arguments], ranks, tmp_path / "forked")
+        codes = [code for code in command.wait() if code]
+        return next(iter(codes), 0), command.printed("stdout"), command.printed("stderr")
 
     return run

@@ -8,7 +8,6 @@ prepare_torchvision()
 
 import aiohttp  # noqa: E402, F401
 import cv2  # noqa: E402, F401
-import deepspeed.runtime.zero.muon.original_muon  # noqa: E402, F401
 import duckdb  # noqa: E402, F401
 import open_clip  # noqa: E402, F401
 import pyarrow.parquet  # noqa: E402, F401

@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -29,6 +30,8 @@ _BAD_BYTES = (
     OSError,
     OverflowError,
     MemoryError,  # of a header that promises more than there is
+    SyntaxError,  # of an array's header, which is Python's
+    tokenize.TokenError,
     struct.error,
     zipfile.BadZipFile,
     zlib.error,

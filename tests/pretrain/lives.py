@@ -1,44 +1,31 @@
-"""Lives of a run as real processes, cheap enough to be killed often: ranks are forked from a server that has the imports."""
+"""Lives of a run as real processes, cheap enough to be killed often."""
 
+import functools
 import json
-import multiprocessing
 import os
 import shutil
 import signal
-import socket
-import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from paths import TINY
+from ranks import Command
 from safetensors.torch import load_file
 
 from pretrain.data.cache import ReaderClosed
 
-SETTINGS = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "HF_HUB_OFFLINE": "1"}
 PATIENCE_S = 120
 KEYS = "keys-rank-{}.jsonl"
 
-_context = multiprocessing.get_context("forkserver")
 
-
-class LifeOfRun:
+class LifeOfRun(Command):
     """`ranks` processes of `python -m pretrain ARGUMENTS`; `hook(run)` is called in each before, to break something."""
 
     def __init__(self, run: Path, arguments: list[str], ranks: int, hook: Callable[[Path], None] | None = None) -> None:
-        self.run = run
-        run.parent.mkdir(parents=True, exist_ok=True)
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = server.getsockname()[1]
-        self.processes = [
-            _context.Process(target=be_rank, args=(rank, ranks, port, run, arguments, hook)) for rank in range(ranks)
-        ]
-        for process in self.processes:
-            process.start()
+        super().__init__(arguments, ranks, run, functools.partial(begin_life, run, hook))
 
     def kill(self, rank: int) -> None:
         os.kill(self.processes[rank].pid, signal.SIGKILL)
@@ -48,37 +35,16 @@ class LifeOfRun:
             os.kill(process.pid, number)
 
     def wait(self, grace_s: float = 1.0) -> list[int]:
-        """Exit codes; as a launcher does, ends the others `grace_s` after the first that failed."""
-        deadline_s, failed_s = time.monotonic() + PATIENCE_S, None
-        while any(process.is_alive() for process in self.processes):
-            now_s = time.monotonic()
-            if failed_s is None and any(process.exitcode not in (None, 0) for process in self.processes):
-                failed_s = now_s
-            if now_s > deadline_s or (failed_s is not None and now_s > failed_s + grace_s):
-                for process in self.processes:
-                    process.kill()
-            time.sleep(0.02)
-        assert time.monotonic() < deadline_s, f"the ranks did not end by themselves: {self.stderr()[-2000:]}"
-        return [process.exitcode for process in self.processes]
+        return super().wait(grace_s, PATIENCE_S)
 
     def stderr(self) -> str:
-        return "".join(path.read_text() for path in sorted(self.run.parent.glob(f"{self.run.name}.stderr-*")))
+        return self.printed("stderr")
 
 
-def be_rank(rank: int, ranks: int, port: int, run: Path, arguments: list[str], hook: Callable | None) -> None:
-    os.dup2(os.open(f"{run}.stderr-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), 2)
-    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), **SETTINGS)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    from pretrain.__main__ import main
-
+def begin_life(run: Path, hook: Callable[[Path], None] | None, rank: int) -> None:
     record_keys(run, rank)
     if hook:
         hook(run)
-    code = main(arguments)
-    sys.stderr.flush()
-    os._exit(code)  # as the server's other children have to stay
 
 
 def record_keys(run: Path, rank: int) -> None:

@@ -97,19 +97,19 @@ def test_queries_whose_truth_is_no_candidate_keep_their_place() -> None:
     assert rerank_places(places, true, torch.tensor([[1.0, 2.0], [0.0, 3.0]])).tolist() == [9, 0]
 
 
-def test_the_command_refuses_what_is_no_run(tmp_path: Path, shards: Path, run_pretrain) -> None:
-    code, _, stderr = run_pretrain("evaluate", "retrieval", "--run", tmp_path, "--shards", shards / "val")
+def test_the_command_refuses_what_is_no_run(tmp_path: Path, shards: Path, fork_pretrain) -> None:
+    code, _, stderr = fork_pretrain("evaluate", "retrieval", "--run", tmp_path, "--shards", shards / "val")
     assert code == 2 and "not a run folder" in stderr and "Traceback" not in stderr
 
 
-def test_the_written_numbers_are_the_printed_ones(tmp_path: Path, shards: Path, run_pretrain) -> None:
+def test_the_written_numbers_are_the_printed_ones(tmp_path: Path, shards: Path, fork_pretrain) -> None:
     run = tmp_path / "run"
-    code, _, stderr = run_pretrain(
+    code, _, stderr = fork_pretrain(
         "train", TINY, f"run={run}", f"data.path={shards / 'train'}", "train.duration=2 steps", "engine.precision=bf16"
     )
     assert code == 0, stderr
     out = tmp_path / "retrieval.json"
-    code, stdout, stderr = run_pretrain(
+    code, stdout, stderr = fork_pretrain(
         "evaluate", "retrieval", "--run", run, "--shards", shards / "val", "--rerank", "4", "--json", out
     )
     assert code == 0, stderr

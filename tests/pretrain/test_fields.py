@@ -103,6 +103,11 @@ def test_an_array_that_promises_too_much_is_a_bad_sample():
         decode_fields({"npy": data})
 
 
+def test_an_array_whose_header_is_no_python_is_a_bad_sample():
+    with pytest.raises(BadSample):
+        decode_fields({"npy": save(ARRAY).replace(b"}", b"\0")})
+
+
 GOOD = {**FIELDS, "npy": save(ARRAY), "npz": save_many(a=ARRAY), "ten": bytes(tenbin.encode_buffer([ARRAY]))}
 
 

@@ -347,7 +347,7 @@ def test_teachers_that_do_not_fit_are_refused(words: Path, tmp_path: Path) -> No
     refuse("embeddings have 16 numbers, the model's 8. Set model.embed_dim=16", own, 8, cosine=1)
 
 
-def test_a_run_with_all_losses(shards: Path, words: Path, tmp_path: Path, run_pretrain) -> None:
+def test_a_run_with_all_losses(shards: Path, words: Path, tmp_path: Path, fork_pretrain) -> None:
     """Two ranks, ZeRO 3, micro-batches, a teacher, on scenes."""
     teacher = write_teacher(tmp_path / "teacher", native, load_config(TINY, with_bert(words), RunConfig))
     heads = ["model.captioning={}", "model.masked_language={}", "model.fusion={kind: med, dropout: 0.1}"]
@@ -358,9 +358,9 @@ def test_a_run_with_all_losses(shards: Path, words: Path, tmp_path: Path, run_pr
     ]
     settings = ["engine.zero_stage=3", "train.micro_batch_size=2", "train.duration=3 steps"]
     run = tmp_path / "run"
-    code, _, stderr = run_pretrain(
+    code, _, stderr = fork_pretrain(
         "train", TINY, f"run={run}", f"data.path={shards / 'train'}", *with_bert(words), *heads, *losses, *settings,
-        "--ranks", 2,
+        ranks=2,
     )  # fmt: skip
     assert code == 0, stderr
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

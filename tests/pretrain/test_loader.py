@@ -687,7 +687,7 @@ def test_a_stream_draws_captions_anew(captions: str, tmp_path: Path) -> None:
     path = write_dataset(tmp_path / "a", [10])
     loader = Loader(DataConfig(path=f"pipe:cat {path}/00000.tar", captions=captions), NoTokenizer(), 8, 10, 0, World())
     seen: dict[str, set[int]] = {}
-    for batch in take(loader, 20):
+    for batch in take(loader, 60):  # a sample comes 48 times: that one caption never does has a chance of 1e-7
         for key, text in zip(batch.keys, batch.text_id.tolist(), strict=True):
             seen.setdefault(key, set()).add(text)
     assert {len(texts) for texts in seen.values()} == {3}

@@ -203,6 +203,7 @@ def run_and_resume(world: World, folder: str, shards: str) -> None:
     momentum = "losses.momentum={queue_samples: 12, decay: 0.9, alpha_ramp: {steps: 3}}"
     for run in (whole, again):
         overrides = [f"run={run}", f"data.path={shards}", "train.duration=5 steps", momentum]
+        world.barrier()  # until the run has ended on every rank, its folder is written to
         if run == again and world.is_main:
             shutil.copytree(whole, again)
             shutil.rmtree(again / "checkpoints" / "step_00000005")

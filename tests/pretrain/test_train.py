@@ -141,9 +141,9 @@ def test_a_damaged_checkpoint_is_passed_over(shards: Path, tmp_path: Path, whole
     assert_same_run(run, whole_run)
 
 
-def test_a_checkpoint_of_another_model_is_refused_in_one_line(shards: Path, whole_run: Path, run_pretrain) -> None:
+def test_a_checkpoint_of_another_model_is_refused_in_one_line(shards: Path, whole_run: Path, fork_pretrain) -> None:
     before = sorted((whole_run / "checkpoints").rglob("*"))
-    code, _, stderr = run_pretrain(*arguments(shards, whole_run, "model.image.layers=3"), "--ranks", "2")
+    code, _, stderr = fork_pretrain(*arguments(shards, whole_run, "model.image.layers=3"), ranks=2)
     assert code == 2 and "model.image.layers 2, now it is 3" in stderr and "new run folder" in stderr
     assert "Traceback" not in stderr and stderr.count("error:") == 1
     assert sorted((whole_run / "checkpoints").rglob("*")) == before
@@ -248,10 +248,10 @@ SMALL = [
 
 
 @pytest.mark.parametrize(("name", "size"), [("vit_b16", 64), ("vit_l14", 56)])
-def test_large_configs_run_with_small_towers(name: str, size: int, shards: Path, tmp_path: Path, run_pretrain) -> None:
+def test_large_configs_run_with_small_towers(name: str, size: int, shards: Path, tmp_path: Path, fork_pretrain) -> None:
     overrides = [*SMALL, f"model.image.image_size={size}"]
     config = ROOT / "configs" / f"{name}.yaml"
-    code, _, stderr = run_pretrain(*arguments(shards, tmp_path / "run", *overrides, config=config), "--ranks", "2")
+    code, _, stderr = fork_pretrain(*arguments(shards, tmp_path / "run", *overrides, config=config), ranks=2)
     assert code == 0, stderr
     assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2]
 

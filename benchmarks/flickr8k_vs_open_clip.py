@@ -28,11 +28,13 @@ from data_tools.errors import UserError, run_command
 from data_tools.files import lock_folder, write_atomic, write_json_atomic
 from data_tools.sources import read_rows
 from pretrain.config import load_config
+from pretrain.engine import settle_precision
 from pretrain.evaluate.retrieval import RECALL_AT, recalls, search
 from pretrain.local import end_with_parent
 from pretrain.metrics import read_metrics
 from pretrain.torchvision_ops import prepare_torchvision
 from pretrain.train import RunConfig, load_run_config
+from pretrain.world import World
 
 CONFIG = Path(__file__).parent.parent / "configs" / "flickr8k.yaml"
 RESIZE = 128  # pixels of the shorter side in our shards; the towers take 112
@@ -232,7 +234,10 @@ def write_inputs(towers: dict[str, Any], pairs: list[tuple[str, str]], folder: P
 
 def open_clip_arguments(config: RunConfig, epochs: int, folder: Path) -> list[str]:
     """Our config in the words of open_clip's command line."""
-    engine, crop = config.engine, config.data.augment.crop_scale
+    import torch
+
+    world = World(device=torch.device("cuda" if on_gpu() else "cpu"))
+    engine, crop = settle_precision(config.engine, None, world), config.data.augment.crop_scale
     values = {
         "train-data": folder / "train.csv",
         "dataset-type": "csv",

@@ -22,7 +22,7 @@ from pretrain.config import check_config
 from pretrain.contract import Batch
 from pretrain.data.loader import DataConfig, Loader
 from pretrain.data.text import build_tokenizer
-from pretrain.engine import EngineConfig, build_engine, import_deepspeed
+from pretrain.engine import EngineConfig, build_engine, import_deepspeed, settle_precision
 from pretrain.losses import LossesConfig, compute_losses
 from pretrain.model.model import ModelConfig, build_model
 from pretrain.world import connect, disconnect
@@ -55,7 +55,8 @@ def compare(options: argparse.Namespace) -> int:
     threads = options.threads or len(os.sched_getaffinity(0))
     loader = Loader(DataConfig(path=options.shards, threads=threads), tokenizer, 224, options.batch_size, 0, world)
     model = build_model(model_config, tokenizer, 0, world).train()
-    engine = build_engine(model, EngineConfig(zero_stage=1), options.batch_size, world)
+    settings = settle_precision(EngineConfig(zero_stage=1), None, world)
+    engine = build_engine(model, settings, options.batch_size, world)
     losses_config = LossesConfig()
 
     def run(batches: Iterator[Batch]) -> float:

@@ -32,14 +32,21 @@ from pretrain.accumulate import compute_gradients
 from pretrain.config import check_config
 from pretrain.contract import Batch
 from pretrain.data.text import build_tokenizer
-from pretrain.engine import EngineConfig, apply_gradients, build_engine, learning_rate, set_learning_rate
+from pretrain.engine import (
+    EngineConfig,
+    apply_gradients,
+    build_engine,
+    learning_rate,
+    set_learning_rate,
+    settle_precision,
+)
 from pretrain.flops import PEAK_TFLOPS, count_flops
 from pretrain.losses import ContrastiveConfig, LossesConfig, MatchingConfig
 from pretrain.metrics import peak_memory_gib
 from pretrain.model.model import ModelConfig, build_model, normalise
 from pretrain.randomness import seed_torch
 from pretrain.torchvision_ops import prepare_torchvision
-from pretrain.world import connect, disconnect
+from pretrain.world import World, connect, disconnect
 
 TOWERS = {
     "tiny": {
@@ -70,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--towers", choices=tuple(TOWERS), help="default: tiny on a CPU, vit_b16 on a GPU")
     parser.add_argument("--batch-size", type=int, metavar="N", help="default: 128 on a CPU, 512 on a GPU")
     parser.add_argument("--matching", action="store_true", help="also measure our step with fusion and matching loss")
-    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
     parser.add_argument("--zero-stage", type=int, choices=range(4), default=1)
     parser.add_argument("--gradient-clip", type=float, default=1.0, metavar="NORM", help="of both sides; 0 = off (1.0)")
     parser.add_argument("--rounds", type=int, default=10, help="blocks of each side (10)")
@@ -83,11 +90,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 def compare(options: argparse.Namespace) -> int:
     """Start the sides, let them work in turns, print the table."""
+    import torch
+
     on_gpu = options.device == "cuda"
     options.towers = options.towers or ("vit_b16" if on_gpu else "tiny")
     options.batch_size = options.batch_size or (512 if on_gpu else 128)
     options.steps = options.steps or (20 if on_gpu else 2)
     options.threads = options.threads or len(os.sched_getaffinity(0))
+    world = World(device=torch.device(options.device))
+    options.precision = settle_precision(EngineConfig(precision=options.precision), None, world).precision
     # What the sides inherit: each is a job of one rank.
     os.environ |= {"OMP_NUM_THREADS": str(options.threads), "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     names = [OURS, OPEN_CLIP] + ([MATCHING] if options.matching else [])

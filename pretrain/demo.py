@@ -58,7 +58,7 @@ def run_stages(options: argparse.Namespace) -> None:
         say(f"building {split} shards")
         target = str(out / "shards" / split)
         call("data_tools", "build", str(captions), target, "--image-root", str(images), "--keep-list", str(keep_list))
-    say(f"training on {ranks} processes, ZeRO-{config.engine.zero_stage}, {config.engine.precision}")
+    say(f"training on {ranks} processes, ZeRO-{config.engine.zero_stage}")
     check(run_ranks(["train", str(config_path), *overrides], ranks))
     say("evaluating")
     results_path = out / "retrieval.json"

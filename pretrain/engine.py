@@ -8,6 +8,7 @@ import itertools
 import logging
 import math
 import os
+import platform
 import sys
 import warnings
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ from pretrain.config import ConfigError, ConfigModel
 from pretrain.model.blocks import learning_rate_scales
 from pretrain.world import World
 
+log = logging.getLogger(__name__)
+
 
 class EngineConfig(ConfigModel):
     """ZeRO, precision and AdamW."""
@@ -30,7 +33,9 @@ class EngineConfig(ConfigModel):
     offload: Literal["none", "optimizer", "all"] = (
         "none"  # what waits in the host's memory; all: the weights too (ZeRO 3)
     )
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = (
+        "auto"  # auto: bf16 where every rank multiplies in it, else fp32
+    )
     lr: float = pydantic.Field(default=1e-3, gt=0)  # peak, after warm-up
     min_lr: float = pydantic.Field(default=0.0, ge=0)  # at the end of the cosine
     warmup_steps: int = pydantic.Field(default=0, ge=0)
@@ -49,6 +54,24 @@ class EngineConfig(ConfigModel):
         if self.zero_stage < least:
             raise ValueError(f"offload: {self.offload} needs zero_stage {least} or more; it is {self.zero_stage}")
         return self
+
+
+def multiplies_in_bf16(device: torch.device) -> bool:
+    """Whether the device has instructions for products of bf16 matrices: a CPU without takes some forty times as long as
+    in fp32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if platform.machine() in ("x86_64", "AMD64"):
+        return torch.cpu._is_avx512_bf16_supported()
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def settle_precision(config: EngineConfig, saved: str | None, world: World) -> EngineConfig:
+    """The config with `auto` made a precision: that of the checkpoint to go on from, or one for all ranks. Collective."""
+    if config.precision != "auto":
+        return config
+    chosen = saved or ("fp32" if world.any(not multiplies_in_bf16(world.device)) else "bf16")
+    return config.model_copy(update={"precision": chosen})
 
 
 def learning_rate(config: EngineConfig, step: int, steps: int) -> float:
@@ -133,10 +156,18 @@ def hidden_stderr() -> Iterator[None]:
 
 
 def build_engine(model: nn.Module, config: EngineConfig, global_batch: int, world: World) -> Any:
-    """A DeepSpeed engine around `model`: `engine(batch)`, `engine.backward(loss)`, `engine.step()`."""
+    """A DeepSpeed engine around `model`: `engine(batch)`, `engine.backward(loss)`, `engine.step()`.
+
+    The precision is settled (`settle_precision`). Raises ConfigError for one that the device does not have.
+    """
     deepspeed = import_deepspeed()
+    assert config.precision != "auto"
     if config.precision == "fp16" and not deepspeed.get_accelerator().is_fp16_supported():
         raise ConfigError("engine.precision: fp16 is not supported on this device; use bf16 or fp32")
+    if config.precision == "bf16" and world.is_main and not multiplies_in_bf16(world.device):
+        log.warning(
+            "this device has no instructions for bf16, and takes many times as long as with engine.precision=auto"
+        )
     if world.device.type == "cpu" and config.precision != "fp32":
         # torch's fused attention for CPUs is not vectorised in 16 bits: its backward pass took half of a step's time.
         torch.backends.cuda.enable_flash_sdp(False)  # despite its name, for CPUs too

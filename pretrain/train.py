@@ -29,6 +29,7 @@ from pretrain.engine import (
     import_deepspeed,
     learning_rate,
     set_learning_rate,
+    settle_precision,
 )
 from pretrain.events import RunTaken, lock_run
 from pretrain.flops import count_flops, peak_tflops, utilisation
@@ -161,6 +162,7 @@ def train_steps(config: RunConfig, life: Life, world: World) -> int:
     record = Path(config.run) / "data"
     loader = open_loader(config.data, tokenizer, image_size, batch_size, config.seed, world, record)
     newest = find_checkpoint(config, world)
+    config = settle(config, newest, world)
     model = build_model(config.model, tokenizer, config.seed, world).train()
     micro_batch_size = fit_micro_batch(config.train, newest, world)
     check_micro_batches(model, micro_batch_size, batch_size // world.size)
@@ -188,7 +190,8 @@ def train_steps(config: RunConfig, life: Life, world: World) -> int:
         describe_run(config.run, config)
         loader.supply.put_on_record(record)
         samples = "a stream" if loader.supply.epoch_samples is None else f"{loader.supply.epoch_samples:,} samples"
-        log.info("%s: %s, %s, step %d of %d", config.run, size_of(engine), samples, step, steps)
+        model_size = f"{size_of(engine)} in {config.engine.precision}"
+        log.info("%s: %s, %s, step %d of %d", config.run, model_size, samples, step, steps)
 
     clock, stragglers = Clock(), Stragglers(life.watch, life.note, world)
     metrics = Metrics(config.run, step, steps, enabled=world.is_main)
@@ -351,8 +354,14 @@ def find_checkpoint(config: RunConfig, world: World) -> checkpoint.Found | None:
         raise UserError(
             f"{config.run}: already holds {found.folder.name}. Choose another run folder, or train.resume=auto"
         )
-    checkpoint.check_same_run(found.state, run_identity(config, world), found.folder)
+    checkpoint.check_same_run(found.state, run_identity(settle(config, found, world), world), found.folder)
     return found
+
+
+def settle(config: RunConfig, found: checkpoint.Found | None, world: World) -> RunConfig:
+    """The config with `auto` made what this run has, or will have. Collective."""
+    saved = found.state["engine"]["precision"] if found else None
+    return config.model_copy(update={"engine": settle_precision(config.engine, saved, world)})
 
 
 def restore(

@@ -3,6 +3,8 @@
 Dropout, patch dropout and, in one case, stochastic depth are on, and so is every loss that the fusion can have.
 """
 
+import itertools
+
 import numpy as np
 import parity
 import pytest
@@ -12,6 +14,7 @@ from ranks import run_on_ranks
 from pretrain.world import World
 
 COUNTS = (1, 2, 4)  # of ranks, and of micro-batches
+FEW = {1: (1, 4), 2: (2, 4), 4: (1,)}  # micro-batches for each number of ranks; the rest are for make test-faults
 NO_CAPTIONS = parity.ALL_LOSSES.model_copy(update={"captioning": None})
 CASES = {
     "med": Case(),
@@ -21,16 +24,22 @@ CASES = {
     "weighted": Case(fusion="weighted", losses=NO_CAPTIONS),
     "image_to_text": Case(fusion="image_to_text", losses=parity.PAIR_LOSSES),
 }
-RUNS = [(case, count) for case in CASES.values() for count in COUNTS]
 
 
-def compute(world: World) -> tuple[list, tuple]:
-    return parity.all_losses_and_gradients(world, RUNS), parity.gather_tokens(world, parity.GATHERED)
+def compute(world: World, counts: dict[int, tuple[int, ...]]) -> dict:
+    """Losses and gradients by fusion and number of micro-batches, and those of the reference, by "gathered"."""
+    runs = [(fusion, count) for fusion in CASES for count in counts[world.size]]
+    found = parity.all_losses_and_gradients(world, [(CASES[fusion], count) for fusion, count in runs])
+    return dict(zip(runs, found, strict=True)) | {"gathered": parity.gather_tokens(world, parity.GATHERED)}
+
+
+def compute_all(counts: dict[int, tuple[int, ...]]) -> dict[int, dict]:
+    return {1: compute(World(), counts)} | {ranks: run_on_ranks(compute, ranks, counts)[0] for ranks in COUNTS[1:]}
 
 
 @pytest.fixture(scope="module")
-def results() -> dict[int, tuple[list, tuple]]:
-    return {1: compute(World())} | {ranks: run_on_ranks(compute, ranks)[0] for ranks in COUNTS[1:]}
+def results() -> dict[int, dict]:
+    return compute_all(FEW)
 
 
 def assert_equal(found: tuple[dict, dict], expected: tuple[dict, dict]) -> None:
@@ -40,24 +49,33 @@ def assert_equal(found: tuple[dict, dict], expected: tuple[dict, dict]) -> None:
             np.testing.assert_allclose(values[name], wanted[name], rtol=0, atol=1e-10, err_msg=name)
 
 
-@pytest.mark.parametrize("ranks", COUNTS)
-@pytest.mark.parametrize("micro_batches", COUNTS)
-@pytest.mark.parametrize("fusion", CASES)
-def test_ranks_and_micro_batches_change_nothing(results: dict, ranks: int, micro_batches: int, fusion: str) -> None:
-    case = CASES[fusion]
-    whole = results[1][0][RUNS.index((case, 1))]
+def check(results: dict[int, dict], ranks: int, micro_batches: int, fusion: str) -> None:
+    case, whole = CASES[fusion], results[1][fusion, 1]
     assert set(whole[0]) == {name for name, loss in case.losses if loss} | {"total"}
     assert all(value > 0.01 for value in whole[0].values())
     moved = {name for name, gradient in whole[1].items() if np.abs(gradient).max() > 1e-6}
     heads = {"captioning": "caption_head.bias", "masked_language": "masked_head.bias", "matching": "match_head.weight"}
     assert {"logit_scale.log_scale", "logit_bias.bias"} <= moved
     assert {weight for loss, weight in heads.items() if getattr(case.losses, loss)} <= moved
-    assert_equal(results[ranks][0][RUNS.index((case, micro_batches))], whole)
+    assert_equal(results[ranks][fusion, micro_batches], whole)
+
+
+@pytest.mark.parametrize(("ranks", "micro_batches"), [(ranks, count) for ranks in FEW for count in FEW[ranks]])
+@pytest.mark.parametrize("fusion", CASES)
+def test_ranks_and_micro_batches_change_nothing(results: dict, ranks: int, micro_batches: int, fusion: str) -> None:
+    check(results, ranks, micro_batches, fusion)
+
+
+@pytest.mark.faults
+def test_any_ranks_and_micro_batches_change_nothing() -> None:
+    results = compute_all(dict.fromkeys(COUNTS, COUNTS))
+    for ranks, micro_batches, fusion in itertools.product(COUNTS, COUNTS, CASES):
+        check(results, ranks, micro_batches, fusion)
 
 
 @pytest.mark.parametrize("ranks", COUNTS)
 def test_gathering_all_tokens_is_the_same(results: dict, ranks: int) -> None:
-    assert_equal(results[ranks][1], parity.losses_and_gradients(World(), parity.GATHERED, 1))
+    assert_equal(results[ranks]["gathered"], parity.losses_and_gradients(World(), parity.GATHERED, 1))
 
 
 def test_frozen_batch_normalisation_is_exact() -> None:

@@ -18,7 +18,7 @@ from data_tools.errors import UserError
 from pretrain.__main__ import main
 from pretrain.config import ConfigError, load_config
 from pretrain.data.loader import Loader
-from pretrain.train import RunConfig, check_micro_batches, find_checkpoint
+from pretrain.train import RunConfig, check_micro_batches, find_checkpoint, settle
 from pretrain.world import World
 
 STEPS = 8
@@ -160,6 +160,17 @@ def test_what_must_not_change_is_named(overrides: list[str], message: str, whole
     config = load_config(whole_run / "config.yaml", overrides, RunConfig)
     with pytest.raises(UserError, match=message):
         find_checkpoint(config, World())
+
+
+@pytest.mark.parametrize(("has_bf16", "precision"), [(True, "bf16"), (False, "fp32")])
+def test_auto_is_what_the_device_has_and_what_the_run_has_begun_with(
+    has_bf16: bool, precision: str, whole_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pretrain.engine.multiplies_in_bf16", lambda device: has_bf16)
+    config = load_config(whole_run / "config.yaml", ["engine.precision=auto"], RunConfig)
+    assert settle(config, None, World()).engine.precision == precision
+    found = find_checkpoint(config, World())
+    assert settle(config, found, World()).engine.precision == "fp32"
 
 
 @pytest.mark.parametrize(

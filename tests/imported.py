@@ -1,4 +1,4 @@
-"""What takes seconds to import. The server that processes of tests are forked from imports it once, for all of them."""
+"""What takes seconds to import or to build. The server that processes of tests are forked from does it once, for all."""
 
 from pretrain.engine import import_deepspeed
 from pretrain.torchvision_ops import prepare_torchvision
@@ -16,3 +16,5 @@ import transformers.models.bert.modeling_bert  # noqa: E402, F401
 
 import data_tools.build  # noqa: E402, F401
 import pretrain.train  # noqa: E402, F401
+
+pretrain.data.text.clip_byte_pairs()

@@ -3,6 +3,7 @@
 Shape legend: n texts, L text tokens (the context length).
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -100,10 +101,16 @@ class ClipBytePairs:
         return self._simple.clean_fn(text)
 
 
+@functools.cache
+def clip_byte_pairs() -> ClipBytePairs:
+    """That of the process: it takes half a second to build, and does not change."""
+    return ClipBytePairs()
+
+
 def build_tokenizer(config: ConfigModel, context_length: int) -> Tokenizer:
     """Raises ConfigError, in one line, when the tokeniser's files cannot be found."""
     if config.kind == "clip":
-        inner = ClipBytePairs()
+        inner = clip_byte_pairs()
         return Tokenizer(config, inner.vocab_size, context_length, inner, end_id=inner.vocab_size - 1)
     from transformers import AutoTokenizer
 

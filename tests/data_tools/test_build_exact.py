@@ -204,7 +204,10 @@ KILLS = 50
 """Altogether."""
 
 
-@pytest.mark.parametrize(("kind", "seed", "way"), ROUNDS)
+@pytest.mark.parametrize(
+    ("kind", "seed", "way"),
+    [pytest.param(*each, marks=[pytest.mark.faults] if each[1] in (1, 3, 4) else []) for each in ROUNDS],
+)
 def test_a_build_that_is_killed_again_and_again_ends_with_the_same_bytes(tmp_path, kind, seed, way):
     draw = random.Random(seed)
     killer = Killer(draw, tmp_path)

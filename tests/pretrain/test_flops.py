@@ -34,7 +34,7 @@ def by_formula(config: ModelConfig, pairs: int) -> float:
     return 3 * (forward + pairs * (pair + pool + 4 * width))
 
 
-@pytest.mark.parametrize("name", ["vit_b16", "flickr8k"])
+@pytest.mark.parametrize("name", [pytest.param("vit_b16", marks=pytest.mark.faults), "flickr8k"])
 def test_they_are_those_of_the_formula(name: str) -> None:
     config = load_config(ROOT / "configs" / f"{name}.yaml", [], RunConfig)
     model = build_model(config.model, build_tokenizer(config.model.tokenizer, config.model.text.context_length))

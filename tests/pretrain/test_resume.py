@@ -442,7 +442,7 @@ def test_moments_survive_any_change_of_layout(precision: str, layouts: list, sha
     assert len(wanted[1]) > 100 and all(values.any() for values in wanted[1].values())
 
 
-@pytest.mark.parametrize(("ranks", "stage"), [(3, 1), (3, 3)])
+@pytest.mark.parametrize(("ranks", "stage"), [pytest.param(3, 1, marks=pytest.mark.faults), (3, 3)])
 def test_moments_are_those_of_the_universal_format(ranks: int, stage: int, shards: Path, tmp_path: Path) -> None:
     """The oracle: DeepSpeed's own conversion of the same shards, one file a parameter."""
     from argparse import Namespace

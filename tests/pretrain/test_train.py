@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from paths import ROOT, TINY
+from ranks import Command
 from safetensors.torch import load_file
 
 from data_tools.errors import UserError
@@ -66,10 +67,8 @@ def wait_for_step(run: Path, step: int) -> None:
 def whole_run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 2 ranks that nothing interrupted."""
     run = tmp_path_factory.mktemp("runs") / "whole"
-    command = [sys.executable, "-m", "pretrain", *arguments(shards, run), "--ranks", "2"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
+    command = Command(arguments(shards, run), 2, run)
+    assert command.wait() == [0, 0], command.printed("stderr")
     return run
 
 
@@ -79,7 +78,6 @@ def test_a_run_explains_itself(whole_run: Path) -> None:
     wanted = {"loss/total", "loss/contrastive", "loss/matching", "rate/samples_per_s", "optimizer/lr", "time/data_s"}
     assert wanted <= lines[0].keys()
     assert "--ranks" not in (whole_run / "config.yaml").read_text()
-    assert "pretrain" in (whole_run / "commands.txt").read_text()
     assert "torch" in json.loads((whole_run / "versions.json").read_text())
     (code,) = whole_run.glob("code-*.zip")
     assert code.name in (whole_run / "commands.txt").read_text()
@@ -274,6 +272,7 @@ def test_it_runs_under_torchrun(shards: Path, tmp_path: Path) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert len(metrics(tmp_path / "run")) == 2
+    assert "pretrain" in (tmp_path / "run" / "commands.txt").read_text()
 
 
 def test_a_step_that_fails_leaves_nothing_under_way(shards: Path, tmp_path: Path, monkeypatch) -> None:

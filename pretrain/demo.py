@@ -65,6 +65,7 @@ def run_stages(options: argparse.Namespace) -> None:
     if shorter:
         print(
             f"This processor has no instructions for bf16, so training is shorter: {', '.join(shorter)}.\n"
+            "The match head learns late: do not expect reranking to gain by then.\n"
             f"For all of {CONFIG.name}, in about half an hour on 2 cores: python -m pretrain demo --config {CONFIG}"
         )
     check(run_ranks(["train", str(config_path), *overrides], ranks))

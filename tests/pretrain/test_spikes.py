@@ -117,6 +117,7 @@ class StopInRollback(Inject):
         train.restore = restore_and_ask
 
 
+@pytest.mark.faults
 def test_a_stop_right_after_a_rollback(shards: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     rollback = [*WATCHED, "spikes.action=rollback"]

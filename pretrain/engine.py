@@ -33,9 +33,7 @@ class EngineConfig(ConfigModel):
     offload: Literal["none", "optimizer", "all"] = (
         "none"  # what waits in the host's memory; all: the weights too (ZeRO 3)
     )
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = (
-        "auto"  # auto: bf16 where every rank multiplies in it, else fp32
-    )
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # bf16 where every rank has it, else fp32
     lr: float = pydantic.Field(default=1e-3, gt=0)  # peak, after warm-up
     min_lr: float = pydantic.Field(default=0.0, ge=0)  # at the end of the cosine
     warmup_steps: int = pydantic.Field(default=0, ge=0)
@@ -134,7 +132,8 @@ def import_deepspeed() -> Any:
         # in /dev/shm after a crash. gloo does the same work.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # Any ZeRO optimiser imports Muon, which has a function compiled at import; the compiler takes seconds to import.
-    with mock.patch("deepspeed.runtime.compiler.compile", lambda **_: lambda function: function):
+    no_compiler = mock.patch("deepspeed.runtime.compiler.compile", lambda **_: lambda function: function)
+    with contextlib.suppress(ImportError, AttributeError), no_compiler:
         import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # its import sets the level once more
     return deepspeed

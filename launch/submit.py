@@ -11,7 +11,6 @@ RUN/launch/logs/           one of each rank, supervisor and job
 """
 
 import contextlib
-import json
 import os
 import secrets
 import shlex
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.errors import UserError
-from data_tools.files import lock_folder, write_atomic, write_json_atomic
+from data_tools.files import append_json_line, lock_folder, write_atomic, write_json_atomic
 from launch import local, slurm, snapshot
 from launch.events import append_event, read_launch_events, read_lines
 from launch.forecast import forecast
@@ -191,16 +190,16 @@ def send_one(
         found = slurm.find_submitted(script, token, time.monotonic() + 30)
         if found:
             return record | {"job_id": found}
-    append_record(job, record)
+    append_json_line(job.launch / JOBS, record)
     try:
         job_id = slurm.submit_script(script, record["token"], *(options or []))
     except slurm.Unknown:
         raise
     except UserError as error:
-        append_record(job, record | {"refused": str(error)})
+        append_json_line(job.launch / JOBS, record | {"refused": str(error)})
         raise
     record |= {"job_id": job_id, "log": record["log"].replace("%j", job_id)}
-    append_record(job, record)
+    append_json_line(job.launch / JOBS, record)
     append_event(job.run, "submitted", backend="slurm", job_id=job_id, **({"follows": follows} if follows else {}))
     return record
 
@@ -210,22 +209,12 @@ def begin_record(job: ResolvedJob, script: Path) -> dict[str, Any]:
     return facts | {"script": str(script), "command": shlex.join(sys.argv)}
 
 
-def append_record(job: ResolvedJob, record: dict[str, Any]) -> None:
-    """One line, on the disk before what follows it."""
-    descriptor = os.open(job.launch / JOBS, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        os.write(descriptor, (json.dumps(record) + "\n").encode())
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def send_processes(job: ResolvedJob, script: Path) -> dict[str, Any]:
     record = begin_record(job, script)
     record |= {"job_id": f"{job.kind}-{record['token']}", "log": str(job.launch / "logs")}
     append_event(job.run, "submitted", backend=job.kind, job_id=record["job_id"])
     record["processes"] = local.start(job, script, record["job_id"])
-    append_record(job, record)
+    append_json_line(job.launch / JOBS, record)
     return record
 
 

@@ -131,7 +131,8 @@ def import_deepspeed() -> Any:
         # On CPUs it would compile a shared-memory all-reduce at start, which fails without a compiler and leaves files
         # in /dev/shm after a crash. gloo does the same work.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # Any ZeRO optimiser imports Muon, which has a function compiled at import; the compiler takes seconds to import.
+    # Any ZeRO optimiser imports Muon, which has a function compiled at import; the compiler takes seconds to import. What
+    # fails here is tried again by the optimiser, which then says so; a DeepSpeed without Muon has nothing to spare.
     no_compiler = mock.patch("deepspeed.runtime.compiler.compile", lambda **_: lambda function: function)
     with contextlib.suppress(ImportError, AttributeError), no_compiler:
         import deepspeed.runtime.zero.muon.original_muon  # noqa: F401

@@ -19,9 +19,8 @@ from ranks import Command  # noqa: E402
 multiprocessing.set_forkserver_preload(["imported"])
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *sys.path[:2], os.environ.get("PYTHONPATH", "")])
 
-signal.signal(
-    signal.SIGINT, signal.default_int_handler
-)  # ignored by a shell's background job, and then by what tests start
+# A shell's background job ignores it, and so would all that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may need the network, nor wait for it
 os.environ["OMP_NUM_THREADS"] = "1"  # the models are tiny: threads would only wait for each other
 

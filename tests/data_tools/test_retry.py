@@ -180,7 +180,7 @@ def test_a_retry_that_is_killed_leaves_a_dataset_and_ends_with_the_same_bytes(tm
     expected = hash_files(whole)
     processes = itertools.cycle([1, 2, 1])
     turn = 0
-    while killer.kills < 5:
+    while killer.kills < 8:
         out = tmp_path / f"out {turn}"
         shutil.copytree(built, out)
         turn += 1

@@ -167,7 +167,7 @@ def test_a_state_of_another_order_is_refused(change: str, shards: Path, tokenize
         other.restore(state)
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(st.data())
 def test_any_topology_gives_the_same_batches_and_each_epoch_each_sample_once(tmp_path_factory, data) -> None:
     folder = tmp_path_factory.mktemp("property")

@@ -80,7 +80,7 @@ def train_alone(world: World) -> list[tuple[Run, list[float]]]:
     return [(run, losses) for run, (losses, _) in zip(runs, trained, strict=True)]
 
 
-ALONE = [(0, "fp32"), (2, "fp32"), (3, "fp32"), (0, "fp16")]
+ALONE = [(0, "fp32"), (2, "fp32"), (3, "fp32"), (0, "fp16"), (1, "fp16")]
 
 
 def test_one_process_trains_alike_at_any_stage_in_micro_batches_and_in_fp16() -> None:

@@ -50,7 +50,8 @@ def run_stages(options: argparse.Namespace) -> None:
     out = Path(options.out)
     config_path = Path(options.config or CONFIG)
     paths = {"run": out / "run", "data.path": out / "shards" / "train"}
-    shorter = SHORTER if not (options.config or options.captions) and not has_bf16() else []
+    chosen = options.config or options.captions or any(text.startswith("train.duration=") for text in options.overrides)
+    shorter = SHORTER if not chosen and not has_bf16() else []
     overrides = [*(f"{key}={json.dumps(str(path))}" for key, path in paths.items()), *shorter, *options.overrides]
     config = load_config(config_path, overrides, RunConfig)
     ranks = usable_ranks(options.ranks)
@@ -64,9 +65,10 @@ def run_stages(options: argparse.Namespace) -> None:
     say(f"training on {ranks} processes, ZeRO-{config.engine.zero_stage}")
     if shorter:
         print(
-            f"This processor has no instructions for bf16, so training is shorter: {', '.join(shorter)}.\n"
+            "This processor has no instructions for bf16, so training is shorter:\n"
+            f"{', '.join(shorter)}.\n"
             "The match head learns late: do not expect reranking to gain by then.\n"
-            f"For all of {CONFIG.name}, in about half an hour on 2 cores: python -m pretrain demo --config {CONFIG}"
+            f"For all of {CONFIG.name}, in about half an hour on 2 cores:\npython -m pretrain demo --config {CONFIG}"
         )
     check(run_ranks(["train", str(config_path), *overrides], ranks))
     say("evaluating")

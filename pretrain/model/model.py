@@ -297,8 +297,7 @@ class ImageTextModel(nn.Module):
 
 
 def normalise(image: Tensor) -> Tensor:
-    """uint8 [B,3,H,W] -> contiguous float32 of zero mean and unit deviation (as CLIP counts them)."""
-    image = image.contiguous()  # the loader's has its channels last
+    """uint8 [B,3,H,W] -> float32 of zero mean and unit deviation (as CLIP counts them), laid out in memory as before."""
     mean = torch.tensor(PIXEL_MEAN, device=image.device)[:, None, None] * 255
     std = torch.tensor(PIXEL_STD, device=image.device)[:, None, None] * 255
     return (image - mean) / std

@@ -262,7 +262,7 @@ class Vit(nn.Module):
 
     def forward(self, image: Tensor) -> Tower:
         """[B,3,H,W] normalised pixels."""
-        pooled, tokens = self.inner(image)
+        pooled, tokens = self.inner(image.contiguous())
         return Tower(tokens, pooled)
 
 
@@ -279,7 +279,7 @@ class ResNet(nn.Module):
 
     def forward(self, image: Tensor) -> Tower:
         """[B,3,H,W] normalised pixels."""
-        inner = self.inner
+        inner, image = self.inner, image.contiguous(memory_format=torch.channels_last)
         features = inner.layer4(inner.layer3(inner.layer2(inner.layer1(inner.stem(image)))))
         return Tower(features.flatten(2).transpose(1, 2), inner.attnpool(features))
 
@@ -300,7 +300,8 @@ class Timm(nn.Module):
         self.width = self.inner.num_features
         pooled_width = getattr(self.inner, "head_hidden_size", self.width) or self.width
         self.projection = build_projection(pooled_width, embed_dim, bias=False)
-        self.channels_last = getattr(self.inner, "output_fmt", "NCHW") == "NHWC"
+        self.layout = choose_layout(self.inner)
+        self.gives_nhwc = getattr(self.inner, "output_fmt", "NCHW") == "NHWC"
         if config.patch_dropout:
             # Other kinds of patch_drop belong to positions that have to be dropped along.
             if (
@@ -312,10 +313,9 @@ class Timm(nn.Module):
 
     def forward(self, image: Tensor) -> Tower:
         """[B,3,H,W] normalised pixels."""
-        features = self.inner.forward_features(image)
-        return Tower(
-            as_tokens(features, self.channels_last), self.projection(self.inner.forward_head(features, pre_logits=True))
-        )
+        features = self.inner.forward_features(image.contiguous(memory_format=self.layout))
+        pooled = self.projection(self.inner.forward_head(features, pre_logits=True))
+        return Tower(as_tokens(features, self.gives_nhwc), pooled)
 
 
 class HuggingfaceImage(nn.Module):
@@ -326,6 +326,7 @@ class HuggingfaceImage(nn.Module):
             settings.image_size = config.image_size
         keep_attention_weights(settings)
         self.inner = use_global_batch_norm(build_huggingface(settings, config.pooling, "model.image"), world)
+        self.layout = choose_layout(self.inner)
         self.pooling = config.pooling
         self.width = width_of(settings)
         self.projection = build_projection(self.width, embed_dim, config.projection_bias)
@@ -338,12 +339,18 @@ class HuggingfaceImage(nn.Module):
 
     def forward(self, image: Tensor) -> Tower:
         """[B,3,H,W] normalised pixels."""
-        output = self.inner(pixel_values=image)
+        output = self.inner(pixel_values=image.contiguous(memory_format=self.layout))
         tokens = as_tokens(output.last_hidden_state)
         return Tower(tokens, self.projection(pool(output, tokens, None, self.pooling)))
 
     def drop_patches(self, embeddings: nn.Module, arguments: tuple, tokens: Tensor) -> Tensor:
         return self.patch_dropout(tokens)
+
+
+def choose_layout(tower: nn.Module) -> torch.memory_format:
+    """What a tower's convolutions compute fastest with; one that only cuts patches has a single one, for which it is alike."""
+    convolutions = sum(isinstance(module, nn.Conv2d) for module in tower.modules())
+    return torch.channels_last if convolutions > 1 else torch.contiguous_format
 
 
 class GlobalBatchNorm2d(nn.BatchNorm2d):
@@ -585,11 +592,11 @@ def pool(output: Any, tokens: Tensor, mask: Tensor | None, pooling: Pooling) -> 
     return (tokens * share).sum(1) / share.sum(1)
 
 
-def as_tokens(features: Tensor, channels_last: bool = False) -> Tensor:
-    """[B,N,D] as it is; a map [B,D,h,w], or [B,h,w,D] with `channels_last`, to [B,hw,D]."""
+def as_tokens(features: Tensor, is_nhwc: bool = False) -> Tensor:
+    """[B,N,D] as it is; a map [B,D,h,w], or [B,h,w,D] if `is_nhwc`, to [B,hw,D]."""
     if features.ndim == 3:
         return features
-    return features.flatten(1, 2) if channels_last else features.flatten(2).transpose(1, 2)
+    return features.flatten(1, 2) if is_nhwc else features.flatten(2).transpose(1, 2)
 
 
 def build_projection(width: int, embed_dim: int, bias: bool) -> nn.Linear:

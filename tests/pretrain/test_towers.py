@@ -102,6 +102,23 @@ def test_an_image_tower_says_its_width_and_runs_in_bf16(name: str) -> None:
     assert without <= {"inner.embeddings.mask_token"}  # DINOv2's, for hidden patches, which we do not hide
 
 
+@pytest.mark.parametrize("name", IMAGES)
+@torch.no_grad()
+def test_stacked_convolutions_are_given_channels_last(name: str) -> None:
+    tower, layouts = build_image_tower(name).eval(), []
+    convolutions = [module for module in tower.modules() if isinstance(module, nn.Conv2d)]
+    for module in convolutions:
+        module.register_forward_pre_hook(
+            lambda module, inputs: layouts.append(inputs[0].is_contiguous(memory_format=torch.channels_last))
+        )
+    pixels = draw_pixels()
+    outputs = [
+        tower(pixels.contiguous(memory_format=layout)) for layout in (torch.contiguous_format, torch.channels_last)
+    ]
+    assert len(layouts) == 2 * len(convolutions) and all(layouts) == (len(convolutions) > 1)
+    assert all(torch.equal(one, other) for one, other in zip(*outputs, strict=True))
+
+
 @pytest.mark.parametrize("name", TEXTS)
 def test_a_text_tower_says_its_width_runs_in_bf16_and_ignores_padding(name: str) -> None:
     tower = build_text_tower(name).eval()

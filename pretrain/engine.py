@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.config import ConfigError, ConfigModel
-from pretrain.model.blocks import learning_rate_scales
+from pretrain.model.blocks import find_blocks, learning_rate_scales
+from pretrain.model.model import ImageTextModel
 from pretrain.world import World
 
 log = logging.getLogger(__name__)
@@ -155,7 +156,7 @@ def hidden_stderr() -> Iterator[None]:
         os.close(kept)
 
 
-def build_engine(model: nn.Module, config: EngineConfig, global_batch: int, world: World) -> Any:
+def build_engine(model: ImageTextModel, config: EngineConfig, global_batch: int, world: World) -> Any:
     """A DeepSpeed engine around `model`: `engine(batch)`, `engine.backward(loss)`, `engine.step()`.
 
     The precision is settled (`settle_precision`). Raises ConfigError for one that the device does not have.
@@ -182,6 +183,10 @@ def build_engine(model: nn.Module, config: EngineConfig, global_batch: int, worl
         eps=config.epsilon,
         fused=True,
     )
+    if config.zero_stage == 3 and model.config.compile:
+        # Else it gathers each weight when a module inside the block asks for it, which what is compiled does not.
+        for block in find_blocks(model).values():
+            deepspeed.utils.set_z3_leaf_module(block, True)
     engine, *_ = deepspeed.initialize(
         model=model.to(world.device), optimizer=optimizer, config=deepspeed_config(config, global_batch, world)
     )

@@ -22,23 +22,35 @@ PEAK_TFLOPS = {"A100": 312, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H20
 PAIRS = 3  # that the match head sees of each sample: the true one, one with a hard text, one with a hard image
 
 
-def count_flops(model: ImageTextModel, losses: LossesConfig) -> float:
+def count_flops(model: ImageTextModel, losses: LossesConfig) -> float | None:
     """FLOPs of one sample's training step: the matrix products of the forward pass, and twice that for the backward pass.
+    None for a tower of another library whose code needs values, which shapes alone do not have.
 
     What is done twice to save memory or sending (checkpoints, micro-batches, texts encoded beside images) counts once, as is
     the custom for model FLOPs utilisation. Not counted: similarities, and the layer that predicts tokens, since how many there
     are depends on the captions. Nothing is computed: shapes alone go through the modules. Call it before DeepSpeed
     shards the weights.
     """
-    size, length = model.config.image.image_size, model.config.text.context_length
     training, fast = model.training, torch.backends.mha.get_fastpath_enabled()
     model.eval()
     torch.backends.mha.set_fastpath_enabled(False)  # fused attention, which the counter does not know
     for module in model.modules():
         if isinstance(module, PositionPatchDropout):
             module.train()  # what it drops is not computed
+    try:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH):
+            return float(count_parts(model, losses))
+    except Exception:  # whatever other people's code says of tensors without values
+        return None
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        model.train(training)
+
+
+def count_parts(model: ImageTextModel, losses: LossesConfig) -> int:
+    size, length = model.config.image.image_size, model.config.text.context_length
     keys = model.sample_keys(torch.zeros(1, dtype=torch.int64))
-    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), sdpa_kernel(SDPBackend.MATH):
+    with FakeTensorMode(allow_non_fake_inputs=True):
         pixels = torch.zeros(1, 3, size, size, dtype=torch.uint8)
         ids, mask = torch.zeros(1, length, dtype=torch.int64), torch.ones(1, length, dtype=torch.bool)
         image, total = measure(model.image_tower, lambda: model.encode_image(pixels, keys))
@@ -52,9 +64,7 @@ def count_flops(model: ImageTextModel, losses: LossesConfig) -> float:
             total += measure(model.fusion, lambda: model.fusion.decode(text.tokens, mask, image.tokens))[1]
         if losses.masked_language:
             total += text_flops + measure(model.fusion, lambda: model.fusion(text.tokens, mask, image.tokens))[1]
-    torch.backends.mha.set_fastpath_enabled(fast)
-    model.train(training)
-    return float(total)
+    return total
 
 
 def measure(module: nn.Module, run: Callable[[], Any]) -> tuple[Any, int]:

@@ -171,7 +171,9 @@ def train_steps(config: RunConfig, life: Life, world: World) -> int:
     if not newest:
         warm_start(model, config.model.warm_start, world)
     peak = peak_tflops(world.device)
-    flops = count_flops(model, config.losses) if peak else 0.0
+    flops = count_flops(model, config.losses) if peak else None
+    if peak and flops is None and world.is_main:
+        log.warning("the FLOPs of this model cannot be counted from shapes: rate/mfu is left out of the metrics")
     engine = build_engine(model, config.engine, batch_size, world)
     identity = run_identity(config, world)
     step, extra = restore(engine, loader, life, newest, identity) if newest else (0, {})
@@ -266,7 +268,7 @@ def train_steps(config: RunConfig, life: Life, world: World) -> int:
             if trained and (step % config.train.log_every_steps == 0 or step in (1, steps)):
                 values = measure(engine, losses, loader, bad_steps, world) | clock.rates(batch_size)
                 values |= stragglers.report(step, values)
-                if peak:
+                if flops is not None:
                     values |= utilisation(flops, values["rate/samples_per_s"], peak, world)
                 metrics.log(step, values)
             if step % config.checkpoint.every_steps == 0 or step == steps:

@@ -8,6 +8,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -47,9 +48,13 @@ def no_contexts() -> tuple[contextlib.AbstractContextManager, contextlib.Abstrac
 
 
 def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
-    """torch.compile each block in place: names stay, and the blocks of one tower share what is compiled."""
+    """torch.compile each block in place: names stay, and the blocks of one tower share what is compiled.
+
+    Before `checkpoint_blocks`, which the compiler cannot look through. At ZeRO 3 a block's weights have to be there as
+    a whole when it is called (`engine.build_engine`).
+    """
     for block in find_blocks(model).values():
-        block.compile(backend=backend)
+        block.forward = torch.compile(block.forward, backend=backend)
 
 
 def freeze(model: nn.Module, prefixes: list[str]) -> None:

@@ -143,10 +143,10 @@ class ImageTextModel(nn.Module):
             self.masked_head = TokenHead(self.fusion.width, self.text_tower.embedding)
         replace_dropouts(self, self.noise)
         freeze(self, config.freeze)
-        if config.checkpoint_activations:
-            checkpoint_blocks(self, self.noise.checkpoint_contexts)
         if config.compile:
             compile_blocks(self)
+        if config.checkpoint_activations:
+            checkpoint_blocks(self, self.noise.checkpoint_contexts)
 
     def train(self, mode: bool = True) -> "ImageTextModel":
         super().train(mode)

@@ -59,7 +59,7 @@ class Noise:
     def __init__(self) -> None:
         self.keys: Tensor | None = None
 
-    def hashes(self, module_number: int, rows: int, elements: int) -> Tensor:
+    def hashes(self, module_number: Tensor, rows: int, elements: int) -> Tensor:
         """[rows,elements] int32, even over all int32s: one hash for each element of each row at this place in the model."""
         if self.keys is None:
             raise RuntimeError("dropout in training needs the keys of its rows; call the model with `keys`")
@@ -87,54 +87,59 @@ class Noise:
         return contextlib.nullcontext(), self.using(self.keys)
 
 
-class PositionDropout(nn.Module):
-    """nn.Dropout with masks of `noise`. Elements are counted within a row, so rows of one length meet the same masks."""
+class PositionModule(nn.Module):
+    """What drops a `share` by hashes of `noise` at the place in the model called `name`.
 
-    def __init__(self, share: float, noise: Noise, module_number: int):
+    The place is a tensor, since numbers are constants to torch.compile: it would compile each block of a tower anew.
+    """
+
+    module_number: Tensor
+
+    def __init__(self, share: float, noise: Noise, name: str):
         super().__init__()
-        self.share, self.noise, self.module_number = share, noise, module_number
+        self.share, self.noise = share, noise
+        self.register_buffer("module_number", torch.tensor(zlib.crc32(name.encode())), persistent=False)
+
+    def extra_repr(self) -> str:
+        return f"share={self.share}"
+
+
+class PositionDropout(PositionModule):
+    """nn.Dropout with masks of `noise`. Elements are counted within a row, so rows of one length meet the same masks."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[B,...] -> the same shape, a `share` of it zero and the rest scaled up."""
         if not self.training:
             return x
-        dropped = drop(self.share, self.noise.hashes(self.module_number, len(x), x[0].numel()))
+        dropped = self.noise.hashes(self.module_number, len(x), x[0].numel()) < threshold_of(self.share)
         return x.masked_fill(dropped.view(x.shape), 0) * (1 / (1 - self.share))
 
-    def extra_repr(self) -> str:
-        return f"share={self.share}"
 
-
-class PositionDropPath(nn.Module):
+class PositionDropPath(PositionModule):
     """timm's and transformers' DropPath (stochastic depth) with draws of `noise`: a sample's whole branch, or none of it."""
 
-    def __init__(self, share: float, noise: Noise, module_number: int, scale_up: bool = True):
-        super().__init__()
-        self.share, self.noise, self.module_number, self.scale_up = share, noise, module_number, scale_up
+    def __init__(self, share: float, noise: Noise, name: str, scale_up: bool = True):
+        super().__init__(share, noise, name)
+        self.scale_up = scale_up
+        # A tensor, as the place is: it grows from layer to layer.
+        self.register_buffer("threshold", torch.tensor(threshold_of(share)), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B,...] -> the same shape, a `share` of the rows zero, the rest scaled up if `scale_up`. arXiv:1603.09382."""
         if not self.training:
             return x
-        dropped = drop(self.share, self.noise.hashes(self.module_number, len(x), 1))
+        dropped = self.noise.hashes(self.module_number, len(x), 1) < self.threshold
         kept = x.masked_fill(dropped.view(-1, *[1] * (x.ndim - 1)), 0)
-        return kept * (1 / (1 - self.share)) if self.scale_up else kept
-
-    def extra_repr(self) -> str:
-        return f"share={self.share}"
+        return kept / (0.5 - self.threshold.double() * 2.0**-32).to(x.dtype) if self.scale_up else kept
 
 
-def drop(share: float, hashes: Tensor) -> Tensor:
-    """Which of the hashes are among the lowest `share` of all int32s."""
-    return hashes < int((share - 0.5) * 2.0**32)
+def threshold_of(share: float) -> int:
+    """What a `share` of all int32s are below."""
+    return int((share - 0.5) * 2.0**32)
 
 
-class PositionPatchDropout(nn.Module):
+class PositionPatchDropout(PositionModule):
     """open_clip's PatchDropout with draws of `noise`: a random subset of the patches, the first token always."""
-
-    def __init__(self, share: float, noise: Noise, module_number: int):
-        super().__init__()
-        self.share, self.noise, self.module_number = share, noise, module_number
 
     def forward(self, x: Tensor) -> Tensor:
         """[B,1+N,D] -> [B,1+kept,D] with kept = max(1, int(N (1 - share))). Source: FLIP, arXiv:2212.00794."""
@@ -142,11 +147,8 @@ class PositionPatchDropout(nn.Module):
             return x
         return torch.cat([x[:, :1], drop_patches(x[:, 1:], self.share, self.noise, self.module_number)], dim=1)
 
-    def extra_repr(self) -> str:
-        return f"share={self.share}"
 
-
-def drop_patches(tokens: Tensor, share: float, noise: Noise, module_number: int) -> Tensor:
+def drop_patches(tokens: Tensor, share: float, noise: Noise, module_number: Tensor) -> Tensor:
     """Keep max(1, int(N (1 - share))) of the tokens [B,N,D], each subset equally likely, in their order."""
     rows, count = tokens.shape[:2]
     order = noise.hashes(module_number, rows, count).topk(max(1, int(count * (1 - share))), dim=1).indices
@@ -161,12 +163,12 @@ def replace_dropouts(model: nn.Module, noise: Noise) -> None:
     """
     for name, child in list(model.named_modules()):
         if isinstance(child, nn.Dropout) and child.p > 0:
-            replacement = PositionDropout(child.p, noise, zlib.crc32(name.encode()))
+            replacement = PositionDropout(child.p, noise, name)
         elif type(child).__name__ == "PatchDropout" and child.prob > 0:
-            replacement = PositionPatchDropout(child.prob, noise, zlib.crc32(name.encode()))
+            replacement = PositionPatchDropout(child.prob, noise, name)
         elif type(child).__name__.endswith("DropPath") and child.drop_prob:
             scale_up = getattr(child, "scale_by_keep", True)  # of timm's only
-            replacement = PositionDropPath(child.drop_prob, noise, zlib.crc32(name.encode()), scale_up)
+            replacement = PositionDropPath(child.drop_prob, noise, name, scale_up)
         else:
             continue
         parent, _, attribute = name.rpartition(".")

@@ -7,7 +7,7 @@ from paths import ROOT
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from pretrain.config import load_config
+from pretrain.config import check_config, load_config
 from pretrain.data.text import build_tokenizer
 from pretrain.flops import count_flops, utilisation
 from pretrain.losses import LossesConfig
@@ -76,3 +76,14 @@ def test_a_frozen_tower_is_counted_once() -> None:
 def test_utilisation_is_of_one_device() -> None:
     found = utilisation(flops=2e11, samples_per_s=8000, peak=1000, world=World(size=4))
     assert found == pytest.approx({"rate/tflops_per_gpu": 400, "rate/mfu": 0.4})
+
+
+def test_a_tower_that_needs_values_is_not_counted() -> None:
+    """Longformer looks at which tokens it is given."""
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    shape |= {"model_type": "longformer", "attention_window": 4, "vocab_size": 1001, "hidden_dropout_prob": 0.0}
+    text = {"kind": "huggingface", "context_length": 12, "config": shape}
+    config = check_config({"embed_dim": 12, "image": parity.VIT, "text": text}, ModelConfig, "test")
+    model = build_model(config, parity.TOKENIZER).train()
+    assert count_flops(model, LossesConfig()) is None
+    assert model.training and torch.backends.mha.get_fastpath_enabled()

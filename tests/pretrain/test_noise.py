@@ -28,11 +28,11 @@ def chi_square(observed: list[float], expected: list[float]) -> float:
     return sum((found - wanted) ** 2 / wanted for found, wanted in zip(observed, expected, strict=True))
 
 
-def drawn(share: float, keys: torch.Tensor, elements: int, module_number: int = 3) -> torch.Tensor:
+def drawn(share: float, keys: torch.Tensor, elements: int, name: str = "3") -> torch.Tensor:
     """[rows,elements] bool: what was dropped."""
     noise = Noise()
     with noise.using(keys):
-        return PositionDropout(share, noise, module_number)(torch.ones(len(keys), elements)) == 0
+        return PositionDropout(share, noise, name)(torch.ones(len(keys), elements)) == 0
 
 
 def assert_independent(first: torch.Tensor, second: torch.Tensor, share: float) -> None:
@@ -53,7 +53,7 @@ def test_dropout_drops_its_share_independently(share: float) -> None:
     assert_independent(
         dropped[1:, 1:] ^ dropped[:-1, 1:], dropped[1:, :-1] ^ dropped[:-1, :-1], 2 * share * (1 - share)
     )
-    assert_independent(dropped, drawn(share, keys, 1000, module_number=4), share)
+    assert_independent(dropped, drawn(share, keys, 1000, name="4"), share)
     assert_independent(dropped, drawn(share, row_keys(6, torch.arange(1000)), 1000), share)
     for dim in (0, 1):  # the number dropped varies from row to row, and from place to place, as that of coins
         spread = ((dropped.sum(dim) - 1000 * share) ** 2 / (1000 * share * (1 - share))).sum().item()
@@ -63,7 +63,7 @@ def test_dropout_drops_its_share_independently(share: float) -> None:
 def test_every_subset_of_patches_is_equally_likely() -> None:
     draws, noise = 40_000, Noise()
     with noise.using(row_keys(1, torch.arange(draws))):
-        kept = drop_patches(torch.arange(6.0).expand(draws, 6)[..., None], 0.5, noise, 8)
+        kept = drop_patches(torch.arange(6.0).expand(draws, 6)[..., None], 0.5, noise, torch.tensor(8))
     assert kept.shape == (draws, 3, 1) and (kept[:, 1:] > kept[:, :-1]).all()
     counts = torch.bincount((2 ** kept[..., 0]).sum(1).long(), minlength=64)
     counts = counts[counts > 0].tolist()
@@ -81,7 +81,7 @@ def test_masks_follow_the_sample_not_the_layout() -> None:
 
 def test_what_is_kept_is_scaled_up_and_evaluation_is_untouched() -> None:
     noise, x = Noise(), torch.randn(3, 4, 5)
-    dropout, patches = PositionDropout(0.75, noise, 1), PositionPatchDropout(0.5, noise, 2)
+    dropout, patches = PositionDropout(0.75, noise, "1"), PositionPatchDropout(0.5, noise, "2")
     with noise.using(row_keys(0, torch.arange(3))):
         y = dropout(x)
         assert patches(x).shape == (3, 2, 5) and torch.equal(patches(x)[:, 0], x[:, 0])
@@ -95,7 +95,7 @@ def test_what_is_kept_is_scaled_up_and_evaluation_is_untouched() -> None:
 def test_whole_branches_are_dropped_independently(share: float) -> None:
     noise, rows = Noise(), 200_000
     with noise.using(row_keys(5, torch.arange(rows))):
-        one, other = (PositionDropPath(share, noise, number)(torch.ones(rows, 2, 3)) for number in (3, 4))
+        one, other = (PositionDropPath(share, noise, name)(torch.ones(rows, 2, 3)) for name in "34")
     assert torch.equal(one, one[:, :1, :1].expand_as(one))
     assert one.unique().tolist() == pytest.approx([0, 1 / (1 - share)])
     dropped = one[:, 0, 0] == 0
@@ -123,7 +123,7 @@ def test_drop_path_of_the_libraries_is_replaced() -> None:
 def test_rows_that_are_no_samples_are_refused() -> None:
     noise = Noise()
     with noise.using(row_keys(0, torch.arange(2))), pytest.raises(ConfigError, match="8 rows for 2 samples"):
-        PositionDropout(0.5, noise, 1)(torch.ones(8, 3))
+        PositionDropout(0.5, noise, "1")(torch.ones(8, 3))
 
 
 class Block(nn.Module):

@@ -162,15 +162,17 @@ class BadSteps:
         if applied:
             self.in_a_row = 0
             return None
-        by_embedding, by_loss = zip(*self.world.gather_objects(find_bad_keys(batch, losses, output)), strict=True)
+        found = zip(*self.world.gather_objects(find_bad_keys(batch, losses, output)), strict=True)
+        by_embedding, by_loss, everyone = found
         if scale_could_fall and not any(by_loss):
             return None  # the loss scale was too large; DeepSpeed makes it smaller
         # One bad embedding spoils the losses of every rank that compares with it, so those tell less.
-        found = by_embedding if any(by_embedding) else by_loss
+        blamed = next(keys for keys in (by_embedding, by_loss, everyone) if any(keys))
         self.total += 1
         self.in_a_row += 1
-        places = [f"rank {rank}: {', '.join(keys)}" for rank, keys in enumerate(found) if keys]
-        where = "; ".join(places) or "the losses are finite, the gradients are not"
+        where = "; ".join(f"rank {rank}: {', '.join(keys)}" for rank, keys in enumerate(blamed) if keys)
+        if blamed is everyone:
+            where = f"the losses are finite, the gradients are not; {where}"
         if self.in_a_row >= self.limit:
             raise GiveUp(
                 f"step {step}: loss or gradients not finite, as in {self.in_a_row} steps in a row ({where}). They changed no "
@@ -178,18 +180,18 @@ class BadSteps:
             )
         if self.world.is_main:
             log.warning("step %d: loss or gradients not finite, step skipped (%s)", step, where)
-        return [key for keys in found for key in keys]
+        return [key for keys in blamed for key in keys]
 
 
 def find_bad_keys(
     batch: Batch, losses: dict[str, Tensor], output: ModelOutput, most: int = 8
-) -> tuple[list[str], list[str]]:
-    """This rank's samples to blame, at most `most` by name: those whose embeddings are not finite, and, if one of its
-    losses is not, all of them."""
+) -> tuple[list[str], list[str], list[str]]:
+    """This rank's samples to blame, at most `most` by name: those whose embeddings are not finite; all of them, if one of
+    its losses is not; and all of them."""
     spoiled = ~(output.image_embed.isfinite().all(1) & output.text_embed.isfinite().all(1))
     lost = not torch.stack([loss.detach().reshape(()) for loss in losses.values()]).isfinite().all()
     by_embedding = [batch.keys[row] for row in spoiled.nonzero()[:, 0].tolist()]
     return tuple(
         keys[:most] + [f"and {len(keys) - most} more"] * (len(keys) > most)
-        for keys in (by_embedding, batch.keys if lost else [])
+        for keys in (by_embedding, batch.keys if lost else [], batch.keys)
     )

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.config import ConfigError, ConfigModel
-from pretrain.model.blocks import find_blocks, learning_rate_scales
-from pretrain.model.model import ImageTextModel
+from pretrain.model.blocks import compiled_blocks, learning_rate_scales
+from pretrain.model.model import MAX_LOGIT_SCALE
 from pretrain.world import World
 
 log = logging.getLogger(__name__)
@@ -156,7 +156,7 @@ def hidden_stderr() -> Iterator[None]:
         os.close(kept)
 
 
-def build_engine(model: ImageTextModel, config: EngineConfig, global_batch: int, world: World) -> Any:
+def build_engine(model: nn.Module, config: EngineConfig, global_batch: int, world: World) -> Any:
     """A DeepSpeed engine around `model`: `engine(batch)`, `engine.backward(loss)`, `engine.step()`.
 
     The precision is settled (`settle_precision`). Raises ConfigError for one that the device does not have.
@@ -183,9 +183,9 @@ def build_engine(model: ImageTextModel, config: EngineConfig, global_batch: int,
         eps=config.epsilon,
         fused=True,
     )
-    if config.zero_stage == 3 and model.config.compile:
+    if config.zero_stage == 3:
         # Else it gathers each weight when a module inside the block asks for it, which what is compiled does not.
-        for block in find_blocks(model).values():
+        for block in compiled_blocks(model):
             deepspeed.utils.set_z3_leaf_module(block, True)
     engine, *_ = deepspeed.initialize(
         model=model.to(world.device), optimizer=optimizer, config=deepspeed_config(config, global_batch, world)
@@ -307,6 +307,19 @@ def apply_gradients(engine: Any) -> bool:
     return engine.was_step_applied()
 
 
+@torch.no_grad()
+def cap_logit_scale(engine: Any) -> None:
+    """After a step, keep the logit scale, the optimiser's and the model's, within its bound: the model clamps what it
+    computes with, and from beyond the bound no gradient would bring it back."""
+    log_scale, bound = engine.module.logit_scale.log_scale, math.log(MAX_LOGIT_SCALE)
+    if log_scale.requires_grad:
+        log_scale.data.clamp_(max=bound)
+        if engine.zero_optimization_stage() == 3:  # which keeps small parameters whole, beside its own part of them
+            log_scale.ds_tensor.data.clamp_(max=bound)
+        if part := master_part(engine, log_scale, unsharded_masters(engine)):
+            part[1].clamp_(max=bound)
+
+
 def master_parts(engine: Any) -> dict[str, tuple[int, Tensor]]:
     """The part that this rank holds of each trained parameter, in fp32: by name, the place in the flattened parameter where
     it begins, and its elements [n].
@@ -314,23 +327,25 @@ def master_parts(engine: Any) -> dict[str, tuple[int, Tensor]]:
     With ZeRO the parts of all ranks make up the parameter, and a rank may have none of it; without, each rank has all. The
     parts are the optimiser's own tensors, not copies.
     """
-    stage, parts, masters = engine.zero_optimization_stage(), {}, unsharded_masters(engine)
+    masters = unsharded_masters(engine)
+    trained = {name: weight for name, weight in engine.module.named_parameters() if weight.requires_grad}
+    parts = {name: master_part(engine, weight, masters) for name, weight in trained.items()}
+    return {name: part for name, part in parts.items() if part is not None}
+
+
+def master_part(engine: Any, parameter: nn.Parameter, masters: dict[nn.Parameter, Tensor]) -> tuple[int, Tensor] | None:
+    """That of `master_parts` for one parameter; None where this rank holds nothing of it."""
+    stage = engine.zero_optimization_stage()
     if stage == 3:
         from deepspeed.utils import safe_get_local_fp32_param
-    for name, parameter in engine.module.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if stage == 3:
-            part = safe_get_local_fp32_param(parameter)
-            start = engine.global_rank * len(part)
-            parts[name] = start, part[: max(0, parameter.ds_numel - start)]  # what comes after the end is padding
-        elif stage:
-            fragment = parameter._hp_mapping
-            if fragment is not None:
-                parts[name] = fragment.lp_fragment_address.start, fragment.hp_fragment
-        else:
-            parts[name] = 0, masters.get(parameter, parameter).detach().flatten()
-    return parts
+
+        part = safe_get_local_fp32_param(parameter)
+        start = engine.global_rank * len(part)
+        return start, part[: max(0, parameter.ds_numel - start)]  # what comes after the end is padding
+    if stage:
+        fragment = parameter._hp_mapping
+        return None if fragment is None else (fragment.lp_fragment_address.start, fragment.hp_fragment)
+    return 0, masters.get(parameter, parameter).detach().flatten()
 
 
 def join_parts(

@@ -25,6 +25,7 @@ from pretrain.engine import (
     apply_gradients,
     build_engine,
     can_lower_loss_scale,
+    cap_logit_scale,
     drop_gradients,
     import_deepspeed,
     learning_rate,
@@ -37,6 +38,7 @@ from pretrain.life import Life, all_keys
 from pretrain.losses import LOSSES, PAIR_LOSSES, LossesConfig
 from pretrain.metrics import Clock, Metrics, peak_memory_gib
 from pretrain.model.model import ModelConfig, build_model, check_towers
+from pretrain.model.towers import BatchStatistics
 from pretrain.model.warm_start import warm_start
 from pretrain.momentum import Momentum
 from pretrain.provenance import describe_run, versions
@@ -195,6 +197,7 @@ def train_steps(config: RunConfig, life: Life, world: World) -> int:
         model_size = f"{size_of(engine)} in {config.engine.precision}"
         log.info("%s: %s, %s, step %d of %d", config.run, model_size, samples, step, steps)
 
+    statistics = BatchStatistics(model)
     clock, stragglers = Clock(), Stragglers(life.watch, life.note, world)
     metrics = Metrics(config.run, step, steps, enabled=world.is_main)
     bad_steps = BadSteps(config.train.max_bad_steps, world)
@@ -231,6 +234,7 @@ def train_steps(config: RunConfig, life: Life, world: World) -> int:
             life.watch.enter("step", step)
             trained = step + 1 not in life.left_out.steps
             if trained:
+                statistics.keep()
                 set_learning_rate(engine, learning_rate(config.engine, step, steps))
                 seed_torch(config.seed, step, world.rank)
                 losses, output = compute_gradients(
@@ -249,11 +253,16 @@ def train_steps(config: RunConfig, life: Life, world: World) -> int:
                     clock.leave_out()
                     continue
                 if spike:
+                    statistics.restore()
                     drop_gradients(engine)
                     life.skip(step + 1, spike, all_keys(batch, world))
                 else:
                     scale_could_fall = can_lower_loss_scale(engine)
                     applied = apply_gradients(engine)
+                    if applied:
+                        cap_logit_scale(engine)
+                    else:
+                        statistics.restore()
                     if momentum and applied:
                         momentum.follow(output.momentum, step)
                     if ema and applied:

@@ -41,6 +41,7 @@ class Tokenizer:
     context_length: int
     inner: Any  # ClipBytePairs or a transformers tokenizer
     end_id: int | None  # the id that ends every text; None: it differs, and a tower cannot pool there
+    padding_id: int | None = None  # the id that is padding and nothing else; None: it is also a word or an end mark
     mask_id: int | None = None  # what stands for a token to be predicted; None: it has no such id
     special_ids: tuple[int, ...] = ()  # padding, begin, end, ...: not words
 
@@ -126,12 +127,15 @@ def build_tokenizer(config: ConfigModel, context_length: int) -> Tokenizer:
         raise ConfigError(f"model.tokenizer.name: '{config.name}' has no padding token; choose one that has")
     inner.padding_side = "right"
     last = {inner(text)["input_ids"][-1] for text in ("a", "b")}
+    marks = ("bos", "eos", "cls", "sep", "unk", "mask")
+    shared = inner.pad_token_id in {getattr(inner, f"{mark}_token_id") for mark in marks}
     return Tokenizer(
         config,
         len(inner),
         context_length,
         inner,
         end_id=last.pop() if len(last) == 1 else None,
+        padding_id=None if shared else inner.pad_token_id,
         mask_id=inner.mask_token_id,
         special_ids=tuple(inner.all_special_ids),
     )

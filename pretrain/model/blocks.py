@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from pretrain.config import ConfigError
@@ -38,7 +39,7 @@ def checkpoint_blocks(model: nn.Module, contexts: Callable[[], Any]) -> None:
     they are: computed twice, they would count each batch twice.
     """
     for block in find_blocks(model).values():
-        if any(isinstance(module, nn.BatchNorm2d) for module in block.modules()):
+        if any(isinstance(module, _BatchNorm) for module in block.modules()):
             continue
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
 
@@ -55,6 +56,11 @@ def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
     """
     for block in find_blocks(model).values():
         block.forward = torch.compile(block.forward, backend=backend)
+        block.is_compiled = True
+
+
+def compiled_blocks(model: nn.Module) -> list[nn.Module]:
+    return [block for block in find_blocks(model).values() if getattr(block, "is_compiled", False)]
 
 
 def freeze(model: nn.Module, prefixes: list[str]) -> None:

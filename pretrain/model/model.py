@@ -87,7 +87,7 @@ class LogitScale(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor([math.log(initial)]))
 
     def forward(self) -> Tensor:
-        # Clamped here, not on the parameter: the optimiser's fp32 copy would undo a clamp of the 16-bit one.
+        # Clamped here too, not on the parameter alone: rounded to 16 bits, what the optimiser has can be above the bound.
         log_scale = self.log_scale if self.log_scale.dtype == torch.float64 else self.log_scale.float()
         return log_scale.clamp(max=math.log(MAX_LOGIT_SCALE)).exp()
 

@@ -134,10 +134,13 @@ def find_true_pairs(rows: Identity, columns: Identity) -> tuple[Tensor, Tensor]:
 
     Returns: the rows' images with the columns' texts, and the rows' texts with the columns' images: [rows,columns] bool.
     """
-    same_picture = rows.image_id[:, None] == columns.image_id
-    with_text = (rows.true_text_id[:, :, None] == columns.text_id).any(1)
-    with_image = (rows.text_id[:, None, None] == columns.true_text_id).any(-1)
-    return same_picture | with_text, same_picture | with_image
+    images_with_texts = rows.image_id[:, None] == columns.image_id
+    texts_with_images = images_with_texts.clone()
+    for true_text_id in rows.true_text_id.T:  # one after the other: no [rows,captions,columns]
+        images_with_texts |= true_text_id[:, None] == columns.text_id
+    for true_text_id in columns.true_text_id.T:
+        texts_with_images |= rows.text_id[:, None] == true_text_id
+    return images_with_texts, texts_with_images
 
 
 def draw_negatives(scores: Tensor, true_pairs: Tensor, uniform: Tensor, random_share: float) -> tuple[Tensor, Tensor]:

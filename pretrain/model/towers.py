@@ -12,12 +12,14 @@ many of its layers (0: the embeddings), while `pooled` always comes from the las
 """
 
 import inspect
+import re
 from typing import Any, Literal, NamedTuple
 
 import pydantic
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from data_tools.errors import suggest
 from pretrain.config import ConfigError, ConfigModel, Count, Ratio
@@ -234,7 +236,7 @@ class BertConfig(ConfigModel):
         return self
 
     def build(self, embed_dim: int, tokenizer: Tokenizer, text_layer: int | None) -> nn.Module:
-        return Bert(self, embed_dim, tokenizer.vocab_size, text_layer)
+        return Bert(self, embed_dim, tokenizer, text_layer)
 
 
 IMAGE_TOWERS: dict[str, type[ConfigModel]] = {
@@ -331,8 +333,11 @@ class HuggingfaceImage(nn.Module):
         self.width = width_of(settings)
         self.projection = build_projection(self.width, embed_dim, config.projection_bias)
         if config.patch_dropout:
-            embeddings = getattr(self.inner, "embeddings", None)
-            if not any(hasattr(embeddings, name) for name in ("cls_token", "class_embedding")):
+            embeddings = getattr(self.inner, "embeddings", nn.Module())
+            tokens = {name for name, _ in embeddings.named_parameters(recurse=False) if re.search("token|class", name)}
+            if (
+                len(tokens - {"mask_token"}) != 1
+            ):  # none, or registers or a token for distillation beside the class token
                 raise refuse_patch_dropout(settings.model_type)
             self.patch_dropout = build_patch_dropout(config.patch_dropout)
             self.inner.embeddings.register_forward_hook(self.drop_patches)
@@ -353,7 +358,7 @@ def choose_layout(tower: nn.Module) -> torch.memory_format:
     return torch.channels_last if convolutions > 1 else torch.contiguous_format
 
 
-class GlobalBatchNorm2d(nn.BatchNorm2d):
+class GlobalBatchNorm(_BatchNorm):
     """Batch normalisation over the global batch, on any device; the statistics' gradients cross the ranks.
 
     torch's SyncBatchNorm runs on GPUs only, and per-rank statistics would make the result depend on the world size.
@@ -362,30 +367,51 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
     world: World
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.normalise(x) if self.training else nn.BatchNorm2d.forward(self, x)
+        y = self.normalise(x) if self.training else _BatchNorm.forward(self, x)
         return self.act(self.drop(y)) if hasattr(self, "act") else y  # timm's BatchNormAct2d carries its activation
 
     def normalise(self, x: Tensor) -> Tensor:
         y = x if x.dtype == torch.float64 else x.float()
         count = y.numel() // y.shape[1] * self.world.size
-        mean = self.world.all_reduce(y.sum((0, 2, 3))) / count
-        centred = y - mean[:, None, None]
-        variance = self.world.all_reduce(centred.square().sum((0, 2, 3))) / count
+        others, channels = [axis for axis in range(y.ndim) if axis != 1], (-1, *[1] * (y.ndim - 2))
+        mean = self.world.all_reduce(y.sum(others)) / count
+        centred = y - mean.view(channels)
+        variance = self.world.all_reduce(centred.square().sum(others)) / count
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
             self.running_var.lerp_((variance * count / max(1, count - 1)).to(self.running_var.dtype), self.momentum)
         scale = self.weight.to(y.dtype) * torch.rsqrt(variance + self.eps)
-        return (centred * scale[:, None, None] + self.bias.to(y.dtype)[:, None, None]).to(x.dtype)
+        return (centred * scale.view(channels) + self.bias.to(y.dtype).view(channels)).to(x.dtype)
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        """Any [B,C,...]: torch has a class for each number of axes."""
 
 
 def use_global_batch_norm(module: nn.Module, world: World) -> nn.Module:
-    """Turn every BatchNorm2d below `module`, timm's with activation too, into a GlobalBatchNorm2d, weights and names kept."""
+    """Turn every batch normalisation below `module`, timm's with activation too, into ours, weights and names kept."""
     for child in module.modules():
-        if isinstance(child, nn.BatchNorm2d):
-            child.__class__ = GlobalBatchNorm2d
+        if isinstance(child, _BatchNorm):
+            child.__class__ = GlobalBatchNorm
             child.world = world
     return module
+
+
+class BatchStatistics:
+    """The running statistics of a model's batch normalisation, to go back to after a step that is not taken: what is not
+    finite would stay in them for good."""
+
+    def __init__(self, model: nn.Module):
+        norms = [module for module in model.modules() if isinstance(module, GlobalBatchNorm) and module.training]
+        self.buffers = [buffer for norm in norms for buffer in norm.buffers()]
+        self.keep()
+
+    def keep(self) -> None:
+        self.kept = [buffer.clone() for buffer in self.buffers]
+
+    def restore(self) -> None:
+        for buffer, kept in zip(self.buffers, self.kept, strict=True):
+            buffer.copy_(kept)
 
 
 class TokenTap:
@@ -393,6 +419,12 @@ class TokenTap:
 
     def __init__(self, tower: nn.Module, layer: int | None):
         blocks = list(find_blocks(tower).values())
+        config = getattr(tower, "config", None)  # of a model of transformers
+        if layer is not None and getattr(config, "num_hidden_layers", len(blocks)) != len(blocks):
+            raise ConfigError(
+                f"model.fusion: the layers of this text tower ({config.model_type}) share weights, so fusion cannot begin "
+                "between them. Leave from_layer out, or set model.text.kind=bert"
+            )
         if layer is not None and layer > len(blocks):
             raise ConfigError(f"model.fusion.from_layer: is {layer}, but the text tower has {len(blocks)} layers")
         self.taken: Tensor | None = None
@@ -460,13 +492,14 @@ class EncoderText(nn.Module):
 
 
 class Bert(EncoderText):
-    def __init__(self, config: BertConfig, embed_dim: int, vocab_size: int, text_layer: int | None):
+    def __init__(self, config: BertConfig, embed_dim: int, tokenizer: Tokenizer, text_layer: int | None):
         super().__init__()
         prepare_torchvision()
         import transformers
 
         settings = transformers.BertConfig(
-            vocab_size=vocab_size,
+            vocab_size=tokenizer.vocab_size,
+            pad_token_id=tokenizer.padding_id,  # whose embedding is not trained
             hidden_size=config.width,
             num_hidden_layers=config.layers,
             num_attention_heads=config.heads,
@@ -505,13 +538,44 @@ class HuggingfaceText(EncoderText):
         self.width = width_of(settings)
         self.projection = build_projection(self.width, embed_dim, config.projection_bias)
         self.tap = TokenTap(self.inner, text_layer)
+        self.built_like_bert = is_built_like_bert(self.inner)
 
     @property
     def bert_layers(self) -> nn.ModuleList | None:
-        """The layers, if they are made as BERT's are (RoBERTa's, ELECTRA's, ...), else None."""
-        layers = getattr(getattr(self.inner, "encoder", None), "layer", None)
-        alike = layers is not None and all(hasattr(layers[0], part) for part in ("attention", "intermediate", "output"))
-        return layers if alike else None
+        """The layers, if the encoder is built like BERT (RoBERTa, ELECTRA, ...), else None."""
+        return self.inner.encoder.layer if self.built_like_bert else None
+
+
+@torch.no_grad()
+def is_built_like_bert(inner: nn.Module) -> bool:
+    """Whether an encoder of transformers is what `attention`, `intermediate` and `output` of its layers make of an additive
+    mask, one after the other. Tried out, since others have parts of the same names: norms in other places (Megatron-BERT),
+    relative positions (MPNet), convolutions that look ahead (ConvBERT)."""
+    encoder = getattr(inner, "encoder", None)
+    if encoder is None or [name for name, _ in encoder.named_children()] != ["layer"]:
+        return False
+    ids = torch.tensor([[5, 6, 7, 8, 9], [5, 6, 7, 8, 10]]) % inner.config.vocab_size
+    bias = attention_bias(causal_mask(torch.ones_like(ids, dtype=torch.bool))[:, None], torch.float32)
+    begin = []
+    hook = encoder.layer[0].register_forward_pre_hook(
+        lambda layer, arguments, named: begin.append(arguments[0] if arguments else named["hidden_states"]),
+        with_kwargs=True,
+    )
+    training = inner.training
+    inner.eval()
+    try:
+        expected = inner(input_ids=ids, attention_mask=bias).last_hidden_state
+        (tokens,) = begin
+        for layer in encoder.layer:
+            attended = layer.attention(tokens, bias)[0]
+            tokens = layer.output(layer.intermediate(attended), attended)
+    except Exception:  # whatever other people's code says of a mask that it was not made for
+        return False
+    finally:
+        hook.remove()
+        inner.train(training)
+    one, other = expected[:, :-1]  # of texts that differ in the last token
+    return torch.allclose(tokens, expected, atol=1e-5) and torch.allclose(one, other, atol=1e-5)
 
 
 def create_timm(config: TimmConfig) -> nn.Module:
@@ -615,7 +679,9 @@ def build_patch_dropout(share: float) -> nn.Module:
 
 
 def refuse_patch_dropout(name: str) -> ConfigError:
-    return ConfigError(f"model.image.patch_dropout: {name} has no class token followed by patches to drop. Set it to 0")
+    return ConfigError(
+        f"model.image.patch_dropout: {name} does not have one class token, followed by patches to drop. Set it to 0"
+    )
 
 
 def width_of(settings: Any) -> int:

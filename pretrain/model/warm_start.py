@@ -246,10 +246,11 @@ def rename_open_clip(weights: dict[str, Tensor], model: nn.Module) -> dict[str, 
     text = {"text.": "text_tower.inner.", "": "text_tower.inner."}
     if model.config.text.kind != "clip":
         text = {"text.transformer.": "text_tower.inner.", "text.proj.": "text_tower.projection."}
+    scalars = {"logit_scale": "logit_scale.log_scale", "logit_bias": "logit_bias.bias"}
     renamed = {}
     for name, value in weights.items():
-        if name == "logit_scale":
-            renamed["logit_scale.log_scale"] = value.reshape(1)
+        if name in scalars:
+            renamed[scalars[name]] = value.reshape(1)
             continue
         names = image if name.startswith("visual.") else text
         theirs = next((theirs for theirs in names if name.startswith(theirs)), None)

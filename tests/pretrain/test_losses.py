@@ -152,7 +152,7 @@ def test_bad_steps_are_named_counted_and_end_the_run(caplog: pytest.LogCaptureFi
     assert "key0, key1" in caplog.text and "and 4 more" in caplog.text
     take_step(bad_steps, applied=True)  # not in a row any more
     take_step(bad_steps)
-    assert "the losses are finite, the gradients are not" in caplog.text
+    assert "the losses are finite, the gradients are not; rank 0: key0, key1" in caplog.text
     take_step(bad_steps)
     with pytest.raises(UserError, match="step 7.* as in 3 steps in a row"):
         take_step(bad_steps)

@@ -1,6 +1,7 @@
 """Towers of every kind against their own library, and what is done to them block by block."""
 
 import copy
+import dataclasses
 import functools
 import math
 import re
@@ -9,17 +10,25 @@ from collections.abc import Callable
 import parity
 import pytest
 import torch
+import transformers
 import yaml
 from paths import ROOT
 from ranks import run_on_ranks
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from pretrain.config import ConfigError, check_config
 from pretrain.engine import EngineConfig, parameter_groups
 from pretrain.model.blocks import checkpoint_blocks, compile_blocks, find_blocks, learning_rate_scales, no_contexts
 from pretrain.model.fusion import FUSIONS
 from pretrain.model.model import ImageTextModel, ModelConfig, build_model, check_towers
-from pretrain.model.towers import IMAGE_TOWERS, TEXT_TOWERS, GlobalBatchNorm2d
+from pretrain.model.towers import (
+    IMAGE_TOWERS,
+    TEXT_TOWERS,
+    BatchStatistics,
+    GlobalBatchNorm,
+    use_global_batch_norm,
+)
 from pretrain.torchvision_ops import prepare_torchvision
 from pretrain.world import World
 
@@ -139,8 +148,6 @@ def test_a_text_tower_says_its_width_runs_in_bf16_and_ignores_padding(name: str)
 @pytest.mark.parametrize("pooling", ["pooler", "first", "mean"])
 @torch.no_grad()
 def test_a_vision_model_gives_what_transformers_gives(name: str, pooling: str) -> None:
-    import transformers
-
     tower = build_image_tower(name, pooling=pooling).eval()
     theirs = type(tower.inner)(tower.inner.config).eval()
     assert isinstance(theirs, transformers.PreTrainedModel)
@@ -169,8 +176,8 @@ def test_a_timm_model_gives_what_timm_gives(name: str, training: bool) -> None:
     tokens = features if features.ndim == 3 else features.flatten(2).transpose(1, 2)
     torch.testing.assert_close(output.tokens, tokens, rtol=0, atol=1e-5)
     torch.testing.assert_close(output.pooled, pooled @ tower.projection.weight.T, rtol=0, atol=1e-5)
-    norms = [module for module in tower.modules() if isinstance(module, nn.BatchNorm2d)]
-    assert all(isinstance(norm, GlobalBatchNorm2d) for norm in norms) and bool(norms) == (name != "timm vit")
+    norms = [module for module in tower.modules() if isinstance(module, _BatchNorm)]
+    assert all(isinstance(norm, GlobalBatchNorm) for norm in norms) and bool(norms) == (name != "timm vit")
 
 
 @pytest.mark.parametrize("name", ["bert_", "roberta", "electra"])
@@ -222,8 +229,10 @@ def test_patches_are_dropped_in_training(name: str) -> None:
 @pytest.mark.parametrize(("image", "message"), [
     ({"kind": "timm", "name": "vit_bse_patch16_224"}, "Did you mean 'vit_base_patch16_224'"),
     ({"kind": "timm", "name": "test_vit", "settings": {"depht": 1}}, "depht"),
-    (IMAGES["siglip_vision_model"] | {"patch_dropout": 0.5}, "no class token"),
-    (IMAGES["timm resnet"] | {"patch_dropout": 0.5}, "no class token"),
+    (IMAGES["siglip_vision_model"] | {"patch_dropout": 0.5}, "not have one class token"),
+    (IMAGES["timm resnet"] | {"patch_dropout": 0.5}, "not have one class token"),
+    ({"kind": "huggingface", "config": {"model_type": "deit"}, "patch_dropout": 0.5}, "not have one class token"),
+    ({"kind": "huggingface", "config": {"model_type": "dinov2_with_registers"}, "patch_dropout": 0.5}, "not have one class token"),
     ({"kind": "timm", "name": "test_vit", "settings": {"attn_drop_rate": 0.1}}, "attention weights cannot be dropped"),
     ({"kind": "timm", "name": "test_vit", "settings": {"patch_drop_rate": 0.1}}, "model.image.patch_dropout"),
     ({"kind": "huggingface", "config": {"model_type": "vti"}}, "cannot read this config"),
@@ -238,12 +247,82 @@ def test_what_cannot_be_built_is_said_in_one_line(image: dict, message: str) -> 
     assert "\n" not in str(error.value)
 
 
+def test_batch_normalisation_of_any_shape_is_over_the_global_batch() -> None:
+    levit = {"kind": "timm", "name": "levit_128s", "image_size": 224}
+    norms = [module for module in check_config(levit, IMAGE_TOWERS["timm"], "test").build(EMBED, World()).modules()]
+    norms = [module for module in norms if isinstance(module, _BatchNorm)]
+    assert {type(norm) for norm in norms} == {GlobalBatchNorm} and len(norms) > 40
+    for shape in ((6, 4), (6, 4, 5)):
+        x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        plain = nn.BatchNorm1d(4).double()
+        ours = use_global_batch_norm(copy.deepcopy(plain), World())
+        torch.testing.assert_close(ours(x), plain(x), rtol=0, atol=1e-12)
+        torch.testing.assert_close(dict(ours.named_buffers()), dict(plain.named_buffers()), rtol=0, atol=1e-12)
+        torch.testing.assert_close(ours.eval()(x), plain.eval()(x), rtol=0, atol=1e-12)
+
+
+def test_a_step_that_is_not_taken_leaves_no_statistics() -> None:
+    tower = build_image_tower("resnet").train()
+    statistics = BatchStatistics(tower)
+    tower(draw_pixels())
+    statistics.keep()
+    before = [buffer.clone() for buffer in tower.buffers()]
+    tower(draw_pixels() * float("nan"))
+    assert any(buffer.isnan().any() for buffer in tower.buffers())
+    statistics.restore()
+    assert all(torch.equal(buffer, kept) for buffer, kept in zip(tower.buffers(), before, strict=True))
+
+
+def test_an_id_that_is_padding_and_a_word_is_trained() -> None:
+    """CLIP's vocabulary pads with 0, which is "!" as well."""
+    ids, mask = draw_texts()
+    ids[:, 1] = 0
+    for padding, trained in ((None, True), (0, False), (7, True)):
+        tokenizer = dataclasses.replace(parity.TOKENIZER, padding_id=padding)
+        tower = check_config(TEXTS["bert"], TEXT_TOWERS["bert"], "test").build(EMBED, tokenizer, None)
+        tower(ids, mask).pooled.square().sum().backward()
+        assert tower.embedding.weight.grad[0].any() == trained
+        assert tower.embedding.weight.grad[ids[0, 2]].any()
+
+
 def test_a_vocabulary_too_small_for_the_tokenizer_is_refused() -> None:
     with pytest.raises(ConfigError, match="500 ids and the tokenizer 1001"):
         build_text_tower("bert_", config=TEXTS["bert_"]["config"] | {"vocab_size": 500})
     assert (
         build_text_tower("bert_", config={"model_type": "bert", **SIZES}).inner.config.vocab_size == parity.VOCAB_SIZE
     )
+
+
+@pytest.mark.parametrize(("model_type", "alike"), [
+    *[(name, True) for name in ("bert", "roberta", "electra", "xlm-roberta", "camembert")],
+    *[(name, False) for name in ("megatron-bert", "mpnet", "convbert", "mobilebert", "nystromformer", "roformer")],
+    *[(name, False) for name in ("roberta-prelayernorm", "deberta-v2", "longformer", "esm", "albert", "layoutlm")],
+])  # fmt: skip
+def test_only_encoders_built_like_bert_decode_and_are_fused_inside(model_type: str, alike: bool) -> None:
+    shape = SIZES | {"model_type": model_type, "num_hidden_layers": 4, "attention_window": 4, "mask_token_id": 4}
+    known = transformers.AutoConfig.for_model(model_type).to_dict()
+    shape = {key: value for key, value in shape.items() if key in known}
+    torch.manual_seed(0)
+    text = {"kind": "huggingface", "context_length": 12, "config": shape, "pooling": "first"}
+    tower = check_config(text, TEXT_TOWERS["huggingface"], "test").build(EMBED, parity.TOKENIZER, None).eval()
+    assert (tower.bert_layers is not None) == alike
+    if alike:
+        ids, mask = torch.arange(24).view(2, 12) + 5, torch.ones(2, 12, dtype=torch.bool)
+        ids[1, :6] = ids[0, :6]
+        one, other = tower.causal_tokens(ids, mask)
+        assert torch.allclose(one[:6], other[:6], atol=1e-6) and not torch.allclose(one[6:], other[6:], atol=1e-2)
+        return
+    for changes in ({"captioning": {}, "fusion": CROSS}, {"fusion": {"kind": "med"}}):
+        values = {"embed_dim": EMBED, "image": IMAGES["vit"], "text": text, **changes}
+        with pytest.raises(ConfigError, match="model.text.kind=(clip or )?bert"):
+            build_model(check_config(values, ModelConfig, "test"), parity.TOKENIZER)
+
+
+def test_fusion_cannot_start_inside_layers_that_share_weights() -> None:
+    albert = {"model_type": "albert", "embedding_size": 16, **SIZES}
+    with pytest.raises(ConfigError, match=r"layers of this text tower \(albert\) share weights.*Leave from_layer out"):
+        build_text_tower("bert_", text_layer=1, config=albert)
+    assert build_text_tower("bert_", config=albert).eval()(*draw_texts()).tokens.shape == (3, 12, 32)
 
 
 def test_texts_longer_than_the_positions_are_refused() -> None:
@@ -438,6 +517,34 @@ def train_at_stages(world: World) -> dict[str, list[list[float]]]:
 def test_towers_and_fusions_train_alike_at_zero_0_and_3() -> None:
     for name, (plain, sharded) in run_on_ranks(train_at_stages, 1)[0].items():
         assert sharded == pytest.approx(plain, rel=1e-5), name
+
+
+def push_logit_scale(world: World) -> None:
+    """At each stage, steps that raise the logit scale at its bound, then one that lowers it."""
+    from pretrain.engine import build_engine, cap_logit_scale, master_parts
+
+    name = "logit_scale.log_scale"
+    for stage, precision in [(0, "bf16"), (2, "fp32"), (3, "bf16")]:
+        model = build("vit", "clip", init_logit_scale=99.9).train()
+        engine = build_engine(model, EngineConfig(zero_stage=stage, precision=precision, lr=0.1), 8, world)
+        batch = parity.make_batch(parity.model_config(parity.Case("vit", "clip", "cross", parity.LOSSES)), 0, world)
+        scales = []
+        for sign in (-1, -1, 1, 1, 1):
+            engine.backward(sign * engine(batch, heads=False).logit_scale.sum())
+            engine.step()
+            cap_logit_scale(engine)
+            scales += [
+                part[1].exp().item() for key, part in master_parts(engine).items() if key == name and len(part[1])
+            ]
+        if scales:  # the rank that holds it
+            case = (stage, precision, scales)
+            assert scales[:2] == pytest.approx([100, 100]) and scales[-1] < 99 and len(scales) == 5, case
+        engine.destroy()
+    assert world.all_reduce(torch.tensor(len(scales))) == 5
+
+
+def test_a_logit_scale_at_its_bound_comes_down_again() -> None:
+    run_on_ranks(push_logit_scale, 2)
 
 
 EXAMPLES = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "model.md").read_text(), re.DOTALL)

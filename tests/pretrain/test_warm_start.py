@@ -31,8 +31,10 @@ WORDS = {"hidden_size": 24, "intermediate_size": 96, "vocab_size": VOCABULARY, "
 CROSS = {"kind": "cross", "width": 32, "layers": 1, "heads": 2}
 
 
-def build(image: dict, text: dict, fusion: dict | None = None, seed: int = 5) -> ImageTextModel:
-    values = {"embed_dim": EMBED, "image": image, "text": text, "fusion": fusion}
+def build(
+    image: dict, text: dict, fusion: dict | None = None, seed: int = 5, bias: float | None = None
+) -> ImageTextModel:
+    values = {"embed_dim": EMBED, "image": image, "text": text, "fusion": fusion, "init_logit_bias": bias}
     return build_model(check_config(values, ModelConfig, "test"), parity.TOKENIZER, seed).eval()
 
 
@@ -240,7 +242,7 @@ def test_open_clip(form: str, tmp_path: Path) -> None:
 
     vision = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16}
     text = {"context_length": 12, "width": 24, "heads": 2, "layers": 2, "vocab_size": VOCABULARY}
-    theirs = shake(open_clip.CLIP(EMBED, vision, text))
+    theirs = shake(open_clip.CLIP(EMBED, vision, text, init_logit_bias=-16.5))
     weights = theirs.state_dict()
     path = tmp_path / {"folder": "open_clip_pytorch_model.bin", "safetensors": "x.safetensors"}.get(form, "epoch_3.pt")
     if form == "safetensors":
@@ -249,8 +251,9 @@ def test_open_clip(form: str, tmp_path: Path) -> None:
         torch.save(weights, path)
     else:
         torch.save({"epoch": 3, "state_dict": {f"module.{name}": value for name, value in weights.items()}}, path)
-    model = build(IMAGE, TEXT)
+    model = build(IMAGE, TEXT, bias=-10.0)
     report = start(model, {"kind": "open_clip", "name": str(tmp_path if form == "folder" else path)})
+    assert model.logit_bias().item() == theirs.logit_bias.item() != -10
     pixels, ids, mask = draw_inputs()
     assert_close(model.image_tower(pixels).pooled, theirs.encode_image(pixels))
     assert_close(model.text_tower(ids, mask).pooled, theirs.encode_text(ids))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.config import ConfigError, check_config
+from pretrain.data.text import ClipTokenizerConfig, Tokenizer
 from pretrain.model.fusion import FUSIONS, Fused
 from pretrain.model.names import from_blip, to_blip
 from pretrain.model.towers import Bert, BertConfig, HuggingfaceImage, HuggingfaceImageConfig, unit
@@ -26,10 +27,12 @@ KINDS = {
 }
 TEXT_TOKENS = ("text_to_image", "med", "med own layers")  # whose fused tokens are the text's
 
+TOKENIZER = Tokenizer(ClipTokenizerConfig(), 50, LENGTH, None, end_id=49, padding_id=0)
+
 
 def build_text_tower(text_layer: int | None = None, width: int = TEXT_WIDTH) -> Bert:
     sizes = {"kind": "bert", "context_length": LENGTH, "width": width, "heads": 2, "layers": 3, "dropout": 0.0}
-    return Bert(BertConfig(**sizes), 8, 50, text_layer)
+    return Bert(BertConfig(**sizes), 8, TOKENIZER, text_layer)
 
 
 def build_fusion(name: str) -> nn.Module:
@@ -159,7 +162,7 @@ class Blip(nn.Module):
         text |= {"pooling": "first", "projection_bias": True}
         fusion = FUSIONS["med"](kind="med")
         self.image_tower = HuggingfaceImage(HuggingfaceImageConfig(**image), 8, World())
-        self.text_tower = Bert(BertConfig(**text), 8, 50, fusion.text_layer)
+        self.text_tower = Bert(BertConfig(**text), 8, TOKENIZER, fusion.text_layer)
         self.fusion = fusion.build(32, self.text_tower)
         self.match_head = nn.Linear(24, 2)
 

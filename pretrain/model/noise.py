@@ -69,7 +69,8 @@ class Noise:
                 "its masks cannot follow the samples. Set the dropouts of this tower to 0"
             )
         keys = mix(self.keys ^ module_number).int()
-        numbers = mix(torch.arange(elements, device=keys.device) * _GAMMA).int()
+        # Not times _GAMMA: torch's compiler works products of indices out itself, and they are too large for it.
+        numbers = mix(torch.arange(elements, device=keys.device) ^ _GAMMA).int()
         # Both are well mixed. What is left, and paid for every element, is to break the linear structure of their sum.
         return (keys[:, None] ^ numbers).mul_(_ODD)
 

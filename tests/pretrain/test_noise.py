@@ -1,6 +1,8 @@
 """Masks are even and independent, and depend on the sample and the place in the model, not on the layout of a batch."""
 
 import itertools
+import os
+import shutil
 
 import pytest
 import torch
@@ -118,6 +120,16 @@ def test_drop_path_of_the_libraries_is_replaced() -> None:
     with noise.using(row_keys(0, torch.arange(64))):
         assert [place(x).max().item() for place in model] == pytest.approx([4 / 3, 1, 4 / 3, 1])
     assert torch.equal(model.eval()(x), x)
+
+
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="needs a C++ compiler")
+def test_compiled_masks_are_the_same() -> None:
+    noise, x = Noise(), torch.randn(16, 5, 8)
+    dropout, drop_path = PositionDropout(0.25, noise, "1"), PositionDropPath(0.25, noise, "2")
+    compiled = torch.compile(lambda x: drop_path(dropout(x)), fullgraph=True)
+    with noise.using(row_keys(0, torch.arange(16))):
+        y = compiled(x)
+        assert torch.equal(y, drop_path(dropout(x))) and 0 < (y == 0).all((1, 2)).sum() < 16
 
 
 def test_rows_that_are_no_samples_are_refused() -> None:

@@ -75,7 +75,9 @@ def assert_same(run: Path, clean: Path, without: list[int]) -> None:
 @pytest.mark.parametrize("factor", [pytest.param(float("nan"), marks=pytest.mark.faults), 1e4])
 def test_a_skipped_step_is_one_that_never_was(factor: float, shards: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    tower = "model.image={kind: resnet, image_size: 32, layers: [1, 1, 1, 1], width: 8, head_width: 32}"  # has statistics
+    tower = (
+        "model.image={kind: resnet, image_size: 32, layers: [1, 1, 1, 1], width: 8, head_width: 32}"  # has statistics
+    )
     life = live(shards, run, *WATCHED, tower, hook=Inject(factor, [5]))
     assert life.wait() == [0, 0], life.stderr()
     (event,) = events_of(run, "skip")

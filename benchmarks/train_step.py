@@ -36,6 +36,7 @@ from pretrain.engine import (
     EngineConfig,
     apply_gradients,
     build_engine,
+    cap_logit_scale,
     learning_rate,
     set_learning_rate,
     settle_precision,
@@ -246,6 +247,7 @@ def build_ours(
         seed_torch(0, number, world.rank)
         compute_gradients(engine, batch, losses_config, number, None, world)
         apply_gradients(engine)
+        cap_logit_scale(engine)
 
     return parameters, flops, step
 

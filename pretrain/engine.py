@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.config import ConfigError, ConfigModel
-from pretrain.model.blocks import compiled_blocks, learning_rate_scales
+from pretrain.model.blocks import learning_rate_scales
 from pretrain.model.model import MAX_LOGIT_SCALE
 from pretrain.world import World
 
@@ -183,10 +183,6 @@ def build_engine(model: nn.Module, config: EngineConfig, global_batch: int, worl
         eps=config.epsilon,
         fused=True,
     )
-    if config.zero_stage == 3:
-        # Else it gathers each weight when a module inside the block asks for it, which what is compiled does not.
-        for block in compiled_blocks(model):
-            deepspeed.utils.set_z3_leaf_module(block, True)
     engine, *_ = deepspeed.initialize(
         model=model.to(world.device), optimizer=optimizer, config=deepspeed_config(config, global_batch, world)
     )
@@ -311,13 +307,23 @@ def apply_gradients(engine: Any) -> bool:
 def cap_logit_scale(engine: Any) -> None:
     """After a step, keep the logit scale, the optimiser's and the model's, within its bound: the model clamps what it
     computes with, and from beyond the bound no gradient would bring it back."""
-    log_scale, bound = engine.module.logit_scale.log_scale, math.log(MAX_LOGIT_SCALE)
+    log_scale = engine.module.logit_scale.log_scale
+    bound = round_down(math.log(MAX_LOGIT_SCALE), log_scale.dtype)  # else fp16's would round to above it
     if log_scale.requires_grad:
         log_scale.data.clamp_(max=bound)
         if engine.zero_optimization_stage() == 3:  # which keeps small parameters whole, beside its own part of them
             log_scale.ds_tensor.data.clamp_(max=bound)
         if part := master_part(engine, log_scale, unsharded_masters(engine)):
             part[1].clamp_(max=bound)
+
+
+def round_down(value: float, dtype: torch.dtype) -> float:
+    """The largest number of a 16- or 32-bit `dtype` that is at most `value`, which is positive."""
+    nearest = torch.tensor(value, dtype=dtype)
+    if nearest.item() > value:
+        bits = nearest.view(torch.int16 if nearest.itemsize == 2 else torch.int32)
+        bits -= 1
+    return nearest.item()
 
 
 def master_parts(engine: Any) -> dict[str, tuple[int, Tensor]]:
@@ -337,11 +343,12 @@ def master_part(engine: Any, parameter: nn.Parameter, masters: dict[nn.Parameter
     """That of `master_parts` for one parameter; None where this rank holds nothing of it."""
     stage = engine.zero_optimization_stage()
     if stage == 3:
-        from deepspeed.utils import safe_get_local_fp32_param
-
-        part = safe_get_local_fp32_param(parameter)
-        start = engine.global_rank * len(part)
-        return start, part[: max(0, parameter.ds_numel - start)]  # what comes after the end is padding
+        # Not DeepSpeed's safe_get_local_fp32_param, whose answer is a copy where the optimiser is in the host's memory.
+        optimizer = engine.optimizer
+        group, place, numel = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        start = min(parameter.ds_numel, engine.global_rank * -(-parameter.ds_numel // engine.dp_world_size))
+        held = min(numel, parameter.ds_numel - start)  # what comes after the end is padding
+        return start, optimizer.fp32_partitioned_groups_flat[group].narrow(0, place, held)
     if stage:
         fragment = parameter._hp_mapping
         return None if fragment is None else (fragment.lp_fragment_address.start, fragment.hp_fragment)

@@ -12,6 +12,7 @@ from torch._subclasses import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from data_tools.errors import first_line
 from pretrain.losses import LossesConfig
 from pretrain.model.model import ImageTextModel
 from pretrain.model.noise import PositionPatchDropout
@@ -22,9 +23,13 @@ PEAK_TFLOPS = {"A100": 312, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H20
 PAIRS = 3  # that the match head sees of each sample: the true one, one with a hard text, one with a hard image
 
 
-def count_flops(model: ImageTextModel, losses: LossesConfig) -> float | None:
+class NotCountable(Exception):
+    """A tower of another library needs values where there are shapes only."""
+
+
+def count_flops(model: ImageTextModel, losses: LossesConfig) -> float:
     """FLOPs of one sample's training step: the matrix products of the forward pass, and twice that for the backward pass.
-    None for a tower of another library whose code needs values, which shapes alone do not have.
+    Raises NotCountable.
 
     What is done twice to save memory or sending (checkpoints, micro-batches, texts encoded beside images) counts once, as is
     the custom for model FLOPs utilisation. Not counted: similarities, and the layer that predicts tokens, since how many there
@@ -40,8 +45,9 @@ def count_flops(model: ImageTextModel, losses: LossesConfig) -> float | None:
     try:
         with torch.no_grad(), torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH):
             return float(count_parts(model, losses))
-    except Exception:  # whatever other people's code says of tensors without values
-        return None
+    except Exception as error:  # whatever other people's code says of tensors without values
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise NotCountable(f"the FLOPs of this model cannot be counted from shapes: {reason}") from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         model.train(training)

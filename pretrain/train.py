@@ -33,11 +33,11 @@ from pretrain.engine import (
     settle_precision,
 )
 from pretrain.events import RunTaken, lock_run
-from pretrain.flops import count_flops, peak_tflops, utilisation
+from pretrain.flops import NotCountable, count_flops, peak_tflops, utilisation
 from pretrain.life import Life, all_keys
 from pretrain.losses import LOSSES, PAIR_LOSSES, LossesConfig
 from pretrain.metrics import Clock, Metrics, peak_memory_gib
-from pretrain.model.model import ModelConfig, build_model, check_towers
+from pretrain.model.model import ImageTextModel, ModelConfig, build_model, check_towers
 from pretrain.model.towers import BatchStatistics
 from pretrain.model.warm_start import warm_start
 from pretrain.momentum import Momentum
@@ -110,6 +110,11 @@ class RunConfig(ConfigModel):
             raise ValueError("model.fusion would not be trained: set losses.matching, or model.fusion=null")
         if self.model.fusion and self.model.match_head and not self.losses.matching:
             raise ValueError("model.match_head would not be trained: set losses.matching, or model.match_head=false")
+        if self.model.compile and self.engine.zero_stage == 3:
+            raise ValueError(
+                "model.compile does not go with engine.zero_stage=3, which gathers weights where compiled code does not ask: "
+                "set engine.zero_stage=2 or less, or model.compile=false"
+            )
         if self.losses.sigmoid and self.model.init_logit_bias is None:
             raise ValueError("losses.sigmoid needs a bias: set model.init_logit_bias=-10 and model.init_logit_scale=10")
         if self.model.init_logit_bias is not None and not self.losses.sigmoid:
@@ -173,9 +178,7 @@ def train_steps(config: RunConfig, life: Life, world: World) -> int:
     if not newest:
         warm_start(model, config.model.warm_start, world)
     peak = peak_tflops(world.device)
-    flops = count_flops(model, config.losses) if peak else None
-    if peak and flops is None and world.is_main:
-        log.warning("the FLOPs of this model cannot be counted from shapes: rate/mfu is left out of the metrics")
+    flops = count_model_flops(model, config.losses, world) if peak else None
     engine = build_engine(model, config.engine, batch_size, world)
     identity = run_identity(config, world)
     step, extra = restore(engine, loader, life, newest, identity) if newest else (0, {})
@@ -292,6 +295,16 @@ def train_steps(config: RunConfig, life: Life, world: World) -> int:
         batches.close()
     metrics.close()
     return life.end(step, steps)
+
+
+def count_model_flops(model: ImageTextModel, losses: LossesConfig, world: World) -> float | None:
+    """None, with a warning, where they cannot be counted."""
+    try:
+        return count_flops(model, losses)
+    except NotCountable as error:
+        if world.is_main:
+            log.warning("no rate/mfu in the metrics: %s", error)
+        return None
 
 
 def load_teacher(config: RunConfig, tokenizer: Tokenizer, world: World) -> Callable[[Batch], TeacherOutput] | None:

@@ -51,16 +51,11 @@ def no_contexts() -> tuple[contextlib.AbstractContextManager, contextlib.Abstrac
 def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
     """torch.compile each block in place: names stay, and the blocks of one tower share what is compiled.
 
-    Before `checkpoint_blocks`, which the compiler cannot look through. At ZeRO 3 a block's weights have to be there as
-    a whole when it is called (`engine.build_engine`).
+    Before `checkpoint_blocks`, which the compiler cannot look through. Not for ZeRO 3, which gathers a weight when a module
+    asks for it: what is compiled does not, and to gather a block's as a whole fails where it is called twice in a step.
     """
     for block in find_blocks(model).values():
         block.forward = torch.compile(block.forward, backend=backend)
-        block.is_compiled = True
-
-
-def compiled_blocks(model: nn.Module) -> list[nn.Module]:
-    return [block for block in find_blocks(model).values() if getattr(block, "is_compiled", False)]
 
 
 def freeze(model: nn.Module, prefixes: list[str]) -> None:

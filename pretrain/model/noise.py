@@ -131,6 +131,7 @@ class PositionDropPath(PositionModule):
             return x
         dropped = self.noise.hashes(self.module_number, len(x), 1) < self.threshold
         kept = x.masked_fill(dropped.view(-1, *[1] * (x.ndim - 1)), 0)
+        # The divisor rounded as the activations are, which timm does too.
         return kept / (0.5 - self.threshold.double() * 2.0**-32).to(x.dtype) if self.scale_up else kept
 
 

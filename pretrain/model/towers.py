@@ -526,6 +526,8 @@ class HuggingfaceText(EncoderText):
         settings = config.read("model.text", "text_config")
         if config.name is None and "vocab_size" not in config.config:
             settings.vocab_size = tokenizer.vocab_size
+        if config.name is None and "pad_token_id" not in config.config and tokenizer.padding_id is not None:
+            settings.pad_token_id = tokenizer.padding_id
         if settings.vocab_size < tokenizer.vocab_size:
             raise ConfigError(
                 f"model.text: the model has {settings.vocab_size} ids and the tokenizer {tokenizer.vocab_size}. Set "
@@ -533,6 +535,8 @@ class HuggingfaceText(EncoderText):
             )
         keep_attention_weights(settings)
         self.inner = build_huggingface(settings, config.pooling, "model.text")
+        if tokenizer.padding_id is None:  # so what would be padding is a word or a mark, and has to be trained
+            self.embedding.padding_idx = None
         check_length(config, self.inner)
         self.pooling = config.pooling
         self.width = width_of(settings)

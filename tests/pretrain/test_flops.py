@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.config import check_config, load_config
 from pretrain.data.text import build_tokenizer
-from pretrain.flops import count_flops, utilisation
+from pretrain.flops import NotCountable, count_flops, utilisation
 from pretrain.losses import LossesConfig
 from pretrain.model.model import ModelConfig, build_model
 from pretrain.train import RunConfig
@@ -85,5 +85,6 @@ def test_a_tower_that_needs_values_is_not_counted() -> None:
     text = {"kind": "huggingface", "context_length": 12, "config": shape}
     config = check_config({"embed_dim": 12, "image": parity.VIT, "text": text}, ModelConfig, "test")
     model = build_model(config, parity.TOKENIZER).train()
-    assert count_flops(model, LossesConfig()) is None
+    with pytest.raises(NotCountable, match="DataDependentOutputException"):
+        count_flops(model, LossesConfig())
     assert model.training and torch.backends.mha.get_fastpath_enabled()

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import itertools
 import math
 import re
 from collections.abc import Callable
@@ -277,9 +278,10 @@ def test_an_id_that_is_padding_and_a_word_is_trained() -> None:
     """CLIP's vocabulary pads with 0, which is "!" as well."""
     ids, mask = draw_texts()
     ids[:, 1] = 0
-    for padding, trained in ((None, True), (0, False), (7, True)):
+    cases = itertools.product(("bert", "bert_", "electra"), ((None, True), (0, False), (7, True)))
+    for name, (padding, trained) in cases:
         tokenizer = dataclasses.replace(parity.TOKENIZER, padding_id=padding)
-        tower = check_config(TEXTS["bert"], TEXT_TOWERS["bert"], "test").build(EMBED, tokenizer, None)
+        tower = check_config(TEXTS[name], TEXT_TOWERS[TEXTS[name]["kind"]], "test").build(EMBED, tokenizer, None)
         tower(ids, mask).pooled.square().sum().backward()
         assert tower.embedding.weight.grad[0].any() == trained
         assert tower.embedding.weight.grad[ids[0, 2]].any()
@@ -475,7 +477,7 @@ def test_parameter_groups_hold_every_trained_parameter_once() -> None:
 
 def train_at_stages(world: World) -> dict[str, list[list[float]]]:
     """Losses of three steps in fp32, at ZeRO 0 and 3, of towers and fusions of every library; frozen, checkpointed,
-    compiled."""
+    compiled (at ZeRO 2)."""
     import pretrain.model.model as model_module
     from pretrain.checkpoint import gather_weights
     from pretrain.engine import build_engine, set_learning_rate
@@ -491,7 +493,7 @@ def train_at_stages(world: World) -> dict[str, list[list[float]]]:
     results = {}
     for name, (image, text, fusion, changes) in cases.items():
         results[name] = []
-        for stage in (0, 3):
+        for stage in (0, 2 if changes.get("compile") else 3):
             model = build(image, text, fusion, **changes).train()
             config = EngineConfig(zero_stage=stage, precision="fp32", lr=1e-3, layer_decay=0.7)
             engine = build_engine(model, config, parity.GLOBAL_BATCH, world)
@@ -521,16 +523,17 @@ def test_towers_and_fusions_train_alike_at_zero_0_and_3() -> None:
 
 def push_logit_scale(world: World) -> list[list[float]]:
     """At some stages, the logit scale after two steps that raise it at its bound, and after three that lower it."""
-    from pretrain.engine import build_engine, cap_logit_scale, master_parts
+    from pretrain.engine import build_engine, cap_logit_scale, master_parts, run_backward
 
     results = []
-    for stage, precision in [(0, "bf16"), (2, "fp32"), (3, "bf16")]:
+    parity.allow_fp16()
+    for stage, precision in [(0, "bf16"), (2, "fp32"), (3, "fp16")]:
         model = build("vit", "clip", init_logit_scale=99.9).train()
         engine = build_engine(model, EngineConfig(zero_stage=stage, precision=precision, lr=0.1), 8, world)
         batch = parity.make_batch(parity.model_config(parity.Case("vit", "clip", "cross", parity.LOSSES)), 0, world)
         results.append([])
         for sign in (-1, -1, 1, 1, 1):
-            engine.backward(sign * engine(batch, heads=False).logit_scale.sum())
+            run_backward(engine, sign * 1e-3 * engine(batch, heads=False).logit_scale.sum())
             engine.step()
             cap_logit_scale(engine)
             results[-1].append(master_parts(engine)["logit_scale.log_scale"][1].exp().item())
@@ -540,7 +543,7 @@ def push_logit_scale(world: World) -> list[list[float]]:
 
 def test_a_logit_scale_at_its_bound_comes_down_again() -> None:
     for scales in run_on_ranks(push_logit_scale, 1)[0]:
-        assert scales[:2] == pytest.approx([100, 100]) and scales[-1] < 99
+        assert all(98 < scale <= 100.001 for scale in scales[:2]) and scales[-1] < 0.99 * scales[1]
 
 
 EXAMPLES = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "model.md").read_text(), re.DOTALL)

@@ -12,7 +12,6 @@ many of its layers (0: the embeddings), while `pooled` always comes from the las
 """
 
 import inspect
-import re
 from typing import Any, Literal, NamedTuple
 
 import pydantic
@@ -334,10 +333,8 @@ class HuggingfaceImage(nn.Module):
         self.projection = build_projection(self.width, embed_dim, config.projection_bias)
         if config.patch_dropout:
             embeddings = getattr(self.inner, "embeddings", nn.Module())
-            tokens = {name for name, _ in embeddings.named_parameters(recurse=False) if re.search("token|class", name)}
-            if (
-                len(tokens - {"mask_token"}) != 1
-            ):  # none, or registers or a token for distillation beside the class token
+            names = {name for name, _ in embeddings.named_parameters(recurse=False)} - {"mask_token"}
+            if sum("token" in name or "class" in name for name in names) != 1:  # more: registers, or DeiT's for distillation
                 raise refuse_patch_dropout(settings.model_type)
             self.patch_dropout = build_patch_dropout(config.patch_dropout)
             self.inner.embeddings.register_forward_hook(self.drop_patches)

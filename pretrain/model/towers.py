@@ -334,7 +334,8 @@ class HuggingfaceImage(nn.Module):
         if config.patch_dropout:
             embeddings = getattr(self.inner, "embeddings", nn.Module())
             names = {name for name, _ in embeddings.named_parameters(recurse=False)} - {"mask_token"}
-            if sum("token" in name or "class" in name for name in names) != 1:  # more: registers, or DeiT's for distillation
+            # More than the class token are registers, or DeiT's token for distillation.
+            if sum("token" in name or "class" in name for name in names) != 1:
                 raise refuse_patch_dropout(settings.model_type)
             self.patch_dropout = build_patch_dropout(config.patch_dropout)
             self.inner.embeddings.register_forward_hook(self.drop_patches)

@@ -295,10 +295,14 @@ def test_a_vocabulary_too_small_for_the_tokenizer_is_refused() -> None:
     )
 
 
+OTHER_ENCODERS = ("mobilebert", "nystromformer", "roformer", "roberta-prelayernorm", "deberta-v2", "longformer", "esm")
+
+
 @pytest.mark.parametrize(("model_type", "alike"), [
-    *[(name, True) for name in ("bert", "roberta", "electra")],
-    *[(name, False) for name in ("megatron-bert", "mpnet", "convbert", "mobilebert", "nystromformer", "roformer")],
-    *[(name, False) for name in ("roberta-prelayernorm", "deberta-v2", "longformer", "albert")],
+    *[(name, True) for name in ("roberta", "electra")],
+    *[(name, False) for name in ("megatron-bert", "mpnet", "convbert", "albert")],
+    *[pytest.param(name, True, marks=pytest.mark.faults) for name in ("bert", "xlm-roberta", "camembert")],
+    *[pytest.param(name, False, marks=pytest.mark.faults) for name in OTHER_ENCODERS],
 ])  # fmt: skip
 def test_only_encoders_built_like_bert_decode_and_are_fused_inside(model_type: str, alike: bool) -> None:
     shape = SIZES | {"model_type": model_type, "num_hidden_layers": 4, "attention_window": 4, "mask_token_id": 4}
@@ -385,7 +389,11 @@ def gradients(model: ImageTextModel) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("changes", [["compiled"], ["checkpointed"], ["compiled", "checkpointed"]], ids="-".join)
+@pytest.mark.parametrize("changes", [
+    pytest.param(["compiled"], marks=pytest.mark.faults),
+    ["checkpointed"],
+    ["compiled", "checkpointed"],
+], ids="-".join)  # fmt: skip
 def test_checkpointed_and_compiled_blocks_compute_the_same(changes: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     graphs = []
 
@@ -476,16 +484,13 @@ def test_parameter_groups_hold_every_trained_parameter_once() -> None:
 
 
 def train_at_stages(world: World) -> dict[str, list[list[float]]]:
-    """Losses of three steps in fp32, at ZeRO 0 and 3, of towers and fusions of every library; frozen, checkpointed,
-    compiled (at ZeRO 2)."""
-    import pretrain.model.model as model_module
+    """Losses of three steps in fp32, at ZeRO 0 and 3, of towers and fusions of every library; frozen, checkpointed."""
     from pretrain.checkpoint import gather_weights
     from pretrain.engine import build_engine, set_learning_rate
     from pretrain.losses import compute_losses
 
-    model_module.compile_blocks = functools.partial(compile_blocks, backend="eager")
     cases = {
-        "timm": ("timm vit", "clip", {"kind": "shared", "width": 32, "layers": 1, "heads": 2}, {"compile": True}),
+        "timm": ("timm vit", "clip", {"kind": "shared", "width": 32, "layers": 1, "heads": 2}, {}),
         "transformers": ("dinov2", "roberta", {"kind": "weighted", "width": 32, "heads": 2}, {}),
         "med": ("blip_vision_model", "bert", {"kind": "med"}, {"checkpoint_activations": True}),
         "frozen": ("siglip_vision_model", "electra", {"kind": "med", "layers": 1}, {"freeze": ["image_tower"]}),
@@ -493,7 +498,7 @@ def train_at_stages(world: World) -> dict[str, list[list[float]]]:
     results = {}
     for name, (image, text, fusion, changes) in cases.items():
         results[name] = []
-        for stage in (0, 2 if changes.get("compile") else 3):
+        for stage in (0, 3):
             model = build(image, text, fusion, **changes).train()
             config = EngineConfig(zero_stage=stage, precision="fp32", lr=1e-3, layer_decay=0.7)
             engine = build_engine(model, config, parity.GLOBAL_BATCH, world)

@@ -162,8 +162,8 @@ class BadSteps:
         if applied:
             self.in_a_row = 0
             return None
-        found = zip(*self.world.gather_objects(find_bad_keys(batch, losses, output)), strict=True)
-        by_embedding, by_loss, everyone = found
+        of_ranks = self.world.gather_objects(find_bad_keys(batch, losses, output))
+        by_embedding, by_loss, everyone = zip(*of_ranks, strict=True)
         if scale_could_fall and not any(by_loss):
             return None  # the loss scale was too large; DeepSpeed makes it smaller
         # One bad embedding spoils the losses of every rank that compares with it, so those tell less.

@@ -344,15 +344,23 @@ def master_part(engine: Any, parameter: nn.Parameter, masters: dict[nn.Parameter
     stage = engine.zero_optimization_stage()
     if stage == 3:
         # Not DeepSpeed's safe_get_local_fp32_param, whose answer is a copy where the optimiser is in the host's memory.
-        optimizer = engine.optimizer
-        group, place, numel = optimizer.grad_position[optimizer.get_param_id(parameter)]
-        start = min(parameter.ds_numel, engine.global_rank * -(-parameter.ds_numel // engine.dp_world_size))
-        held = min(numel, parameter.ds_numel - start)  # what comes after the end is padding
-        return start, optimizer.fp32_partitioned_groups_flat[group].narrow(0, place, held)
+        flat, place, held, start = place_at_zero_3(engine, parameter)
+        return start, flat.narrow(0, place, held)
     if stage:
         fragment = parameter._hp_mapping
         return None if fragment is None else (fragment.lp_fragment_address.start, fragment.hp_fragment)
     return 0, masters.get(parameter, parameter).detach().flatten()
+
+
+def place_at_zero_3(engine: Any, parameter: nn.Parameter) -> tuple[Tensor, int, int, int]:
+    """The flat fp32 tensor in which this rank's optimiser holds its part of a parameter, where the part begins there, how long
+    it is, and where in the flattened parameter it begins."""
+    optimizer = engine.optimizer
+    group, place, numel = optimizer.grad_position[optimizer.get_param_id(parameter)]
+    share = -(-parameter.ds_numel // engine.dp_world_size)
+    start = min(parameter.ds_numel, engine.global_rank * share)
+    held = min(numel, parameter.ds_numel - start)  # what comes after the end is padding
+    return optimizer.fp32_partitioned_groups_flat[group], place, held, start
 
 
 def join_parts(

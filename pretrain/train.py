@@ -262,14 +262,14 @@ def train_steps(config: RunConfig, life: Life, world: World) -> int:
                 else:
                     scale_could_fall = can_lower_loss_scale(engine)
                     applied = apply_gradients(engine)
-                    if applied:
-                        cap_logit_scale(engine)
-                    else:
+                    if not applied:
                         statistics.restore()
-                    if momentum and applied:
-                        momentum.follow(output.momentum, step)
-                    if ema and applied:
-                        ema.follow()
+                    else:
+                        cap_logit_scale(engine)
+                        if momentum:
+                            momentum.follow(output.momentum, step)
+                        if ema:
+                            ema.follow()
                     bad_keys = bad_steps.check(step + 1, applied, batch, losses, output, scale_could_fall)
                     if bad_keys is not None:
                         life.skip(step + 1, "loss or gradients not finite", bad_keys)

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from data_tools.errors import UserError
-from pretrain.engine import master_parts, unsharded_masters
+from pretrain.engine import master_parts, place_at_zero_3, unsharded_masters
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -161,11 +161,8 @@ def held_moments(
     if stage == 0:
         yield state[masters.get(parameter, parameter)][moment].view(-1), 0
     elif stage == 3:
-        group, start, numel = optimizer.grad_position[optimizer.get_param_id(parameter)]
-        values = state[optimizer.fp32_partitioned_groups_flat[group]][moment]
-        share = -(-parameter.ds_numel // engine.dp_world_size)
-        first = min(parameter.ds_numel, engine.global_rank * share)
-        yield values.narrow(0, start, max(0, min(numel, parameter.ds_numel - first))), first
+        flat, place, held, start = place_at_zero_3(engine, parameter)
+        yield state[flat][moment].narrow(0, place, held), start
     elif parameter._hp_mapping is not None:
         mapping = parameter._hp_mapping
         values = state[optimizer.single_partition_of_fp32_groups[mapping.param_group_index]][moment]

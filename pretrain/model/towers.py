@@ -11,6 +11,7 @@ many of its layers (0: the embeddings), while `pooled` always comes from the las
 [B,L,D] that do not, for captioning; `text_tower.embedding` is the nn.Embedding of its ids.
 """
 
+import functools
 import inspect
 from typing import Any, Literal, NamedTuple
 
@@ -540,12 +541,15 @@ class HuggingfaceText(EncoderText):
         self.width = width_of(settings)
         self.projection = build_projection(self.width, embed_dim, config.projection_bias)
         self.tap = TokenTap(self.inner, text_layer)
-        self.built_like_bert = is_built_like_bert(self.inner)
 
     @property
     def bert_layers(self) -> nn.ModuleList | None:
         """The layers, if the encoder is built like BERT (RoBERTa, ELECTRA, ...), else None."""
         return self.inner.encoder.layer if self.built_like_bert else None
+
+    @functools.cached_property
+    def built_like_bert(self) -> bool:  # tried out once, and only for a model that asks
+        return is_built_like_bert(self.inner)
 
 
 @torch.no_grad()

@@ -138,7 +138,8 @@ def explain(error: dict[str, Any], model: type[ConfigModel]) -> str:
         kinds = [kind for choice in choices for kind in get_args(choice.model_fields["kind"].annotation)]
         return f"{key}.kind: {found}. Valid: {', '.join(kinds)}"
     message = error["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
-    return f"{key}: {message}" + ("" if error["type"] == "value_error" else f"; found {error['input']!r}")
+    where = f"{key}: " if key else ""  # none: about several sections, which the message names
+    return f"{where}{message}" + ("" if error["type"] == "value_error" else f"; found {error['input']!r}")
 
 
 def locate(place: tuple[int | str, ...], model: type[ConfigModel]) -> tuple[list[str], type[ConfigModel]]:

@@ -209,7 +209,7 @@ def test_check_prints_the_resolved_config(capfd: pytest.CaptureFixture) -> None:
         (["model.init_logit_bias=-10.0"], "init_logit_bias would not be trained"),
         (
             ["model.compile=true", "engine.zero_stage=3"],
-            "compile does not go with engine.zero_stage=3.*set engine.zero_stage=2",
+            r"\.yaml: model.compile does not go with engine.zero_stage=3.*set engine.zero_stage=2",
         ),
         (["losses.matching.ramp={start: 1.0}"], "losses.matching.ramp.steps: is missing"),
         (["losses.distill={teacher: t, logits: 0, cosine: 0}"], "losses.distill: logits and cosine are both 0"),

@@ -15,7 +15,6 @@ from pretrain.watch import WatchConfig
 from pretrain.world import World
 
 DELAY_S = 1.0  # far more than a step takes, also on a machine that has other work
-OVERRIDES = ["train.duration=4 steps", "train.log_every_steps=1"]
 
 
 def slow_data(run: Path) -> None:
@@ -54,8 +53,10 @@ def test_a_slow_rank_is_named_with_its_cause(
     hook, cause: str | None, stage: int, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     run = tmp_path / "run"
-    share = 0.3 if cause else 0.6  # other work on the machine brings ranks nearer to each other, or further apart
-    overrides = [*OVERRIDES, f"watch.straggler_share={share}", f"engine.zero_stage={stage}"]
+    # Other work on the machine brings ranks nearer to each other, or further apart.
+    steps, share = (8, 0.3) if cause else (4, 0.6)
+    overrides = [f"train.duration={steps} steps", "train.log_every_steps=1"]
+    overrides += [f"watch.straggler_share={share}", f"engine.zero_stage={stage}"]
     life = LifeOfRun(run, arguments(shards, run, *overrides), 2, hook)
     assert life.wait() == [0, 0], life.stderr()
     events, metrics = events_of(run, "straggler"), read_metrics(run)
@@ -65,11 +66,11 @@ def test_a_slow_rank_is_named_with_its_cause(
         assert events == [] and "No straggler is on record" in table
         assert len(table.splitlines()) == 5
         return
-    (event,) = events
+    event = events[0]
     assert (event["rank"], event["reason"], event["host"]) == (1, cause, os.uname().nodename)
-    assert event["step"] in (3, 4) and event[f"{cause}_s"] > 0.9 * DELAY_S and event["over_median"] > share
+    assert event["step"] >= 3 and event[f"{cause}_s"] > 0.9 * DELAY_S and event["over_median"] > share
     assert f"the others wait for rank 1 on {os.uname().nodename}" in life.stderr()
-    for line in metrics[1:]:
+    for line in metrics[event["step"] - 2 : event["step"]]:  # other work may slow rank 0 in the rest
         assert line["straggler/slowest_rank"] == 1 and line[f"straggler/{cause}_s"] > 0.9 * DELAY_S
         assert line["time/wait_s"] > max(0.5 * DELAY_S, line["straggler/wait_s"])  # rank 0, for rank 1
         assert line["time/data_s"] + line["time/compute_s"] + line["time/wait_s"] <= line["time/step_s"] + 1e-6

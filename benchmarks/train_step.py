@@ -44,7 +44,7 @@ from pretrain.engine import (
 from pretrain.flops import PEAK_TFLOPS, count_flops
 from pretrain.losses import ContrastiveConfig, LossesConfig, MatchingConfig
 from pretrain.metrics import peak_memory_gib
-from pretrain.model.model import ModelConfig, build_model, normalise
+from pretrain.model.model import ModelConfig, build_model
 from pretrain.randomness import seed_torch
 from pretrain.torchvision_ops import prepare_torchvision
 from pretrain.world import World, connect, disconnect
@@ -266,7 +266,7 @@ def build_open_clip(options: argparse.Namespace, world: Any) -> tuple[int, None,
     torch.backends.cudnn.benchmark = True
     config = towers_of(options, matching=False)
     batch = draw_batch(options, config)
-    host_pixels = normalise(batch.image)
+    host_pixels = config.image.normalise(batch.image)
     if options.device == "cuda":
         host_pixels = host_pixels.pin_memory()
     vision, text = config.image.open_clip_config(), config.text.open_clip_config()

@@ -24,7 +24,7 @@ from pretrain.data.text import Tokenizer
 from pretrain.engine import join_parts, master_parts
 from pretrain.losses import MomentumConfig
 from pretrain.model.blocks import compile_blocks
-from pretrain.model.model import ModelConfig, normalise
+from pretrain.model.model import ModelConfig
 from pretrain.model.negatives import gather_identity
 from pretrain.model.towers import unit
 from pretrain.world import World
@@ -152,10 +152,11 @@ class Towers(nn.Module):
         super().__init__()
         self.image_tower = config.image.build(config.embed_dim, world)
         self.text_tower = config.text.build(config.embed_dim, tokenizer, None)
+        self.normalise = config.image.normalise
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """[B,E] and [B,E], unit norm."""
-        pixels = normalise(batch.image).to(next(self.parameters()).dtype)
+        pixels = self.normalise(batch.image).to(next(self.parameters()).dtype)
         return unit(self.image_tower(pixels).pooled), unit(self.text_tower(batch.ids, batch.mask).pooled)
 
 

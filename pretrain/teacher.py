@@ -22,7 +22,7 @@ from pretrain.export import native
 from pretrain.export.open_clip import CONFIG as OPEN_CLIP_CONFIG
 from pretrain.export.open_clip import place_text_model
 from pretrain.losses import DistillConfig
-from pretrain.model.towers import unit
+from pretrain.model.towers import normalise, unit
 from pretrain.model.warm_start import OPEN_CLIP_FILES, find_file
 from pretrain.torchvision_ops import prepare_torchvision
 
@@ -127,15 +127,11 @@ def load_open_clip(folder: Path, device: torch.device, dtype: torch.dtype) -> Te
     model = model.eval().requires_grad_(False)
     scale = model.logit_scale.exp().item()
     model = model.to(device, dtype)
-    settings = model.visual.preprocess_cfg
-    mean, std = (
-        255 * torch.tensor(settings[name], device=device, dtype=torch.float32)[:, None, None]
-        for name in ("mean", "std")
-    )
+    statistics = [model.visual.preprocess_cfg[name] for name in ("mean", "std")]
     size = model.visual.image_size
     return Teacher(
         size[0] if isinstance(size, tuple | list) else size,
-        lambda pixels: model.encode_image(((pixels - mean) / std).to(dtype)),
+        lambda pixels: model.encode_image(normalise(pixels, *statistics).to(dtype)),
         lambda ids, mask: model.encode_text(ids),  # which finds its padding by its id
         tokenize,
         scale,

@@ -15,7 +15,7 @@ from data_tools.errors import UserError
 from pretrain import checkpoint
 from pretrain.accumulate import BadSteps, compute_gradients
 from pretrain.checkpoint import CheckpointConfig, Saver
-from pretrain.config import ConfigError, ConfigModel, load_config
+from pretrain.config import ConfigError, ConfigModel, check_config, load_config
 from pretrain.contract import Batch, TeacherOutput
 from pretrain.data.loader import DataConfig, Loader, open_loader
 from pretrain.data.text import Tokenizer, build_tokenizer
@@ -378,7 +378,10 @@ def find_checkpoint(config: RunConfig, world: World) -> checkpoint.Found | None:
         raise UserError(
             f"{config.run}: already holds {found.folder.name}. Choose another run folder, or train.resume=auto"
         )
-    checkpoint.check_same_run(found.state, run_identity(settle(config, found, world), world), found.folder)
+    # An earlier version did not have every key: what is missing is the default, which is what it did.
+    model = describe_model(check_config(found.state["model"], ModelConfig, f"{found.folder}: model"))
+    now = run_identity(settle(config, found, world), world)
+    checkpoint.check_same_run(found.state | {"model": model}, now, found.folder)
     return found
 
 
@@ -407,9 +410,14 @@ def run_identity(config: RunConfig, world: World) -> dict[str, Any]:
     """What a checkpoint depends on: the model and the precision must not change until its continuation, the rest may."""
     return {
         "world_size": world.size,
-        "model": config.model.model_dump(exclude={"warm_start", "checkpoint_activations", "compile"}),
+        "model": describe_model(config.model),
         "engine": {"zero_stage": config.engine.zero_stage, "precision": config.engine.precision},
     }
+
+
+def describe_model(model: ModelConfig) -> dict[str, Any]:
+    """The keys that a checkpoint of the model depends on."""
+    return model.model_dump(exclude={"warm_start", "checkpoint_activations", "compile"})
 
 
 def run_state(config: RunConfig, loader: Loader, life: Life, step: int, world: World) -> dict[str, Any]:

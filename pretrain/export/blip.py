@@ -24,9 +24,8 @@ from pretrain.export.huggingface import (
     cap_log_scale,
     edit_tokenizer_files,
 )
-from pretrain.model.model import normalise
 from pretrain.model.names import to_blip
-from pretrain.model.towers import unit
+from pretrain.model.towers import normalise, unit
 from pretrain.restore import LoadedRun
 from pretrain.torchvision_ops import prepare_torchvision
 
@@ -57,7 +56,7 @@ def write(source: LoadedRun, folder: Path, final: Path) -> Guide:
     weights = to_blip(source.model.state_dict())
     weights = {name: value.clone(memory_format=torch.contiguous_format) for name, value in weights.items()}
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    build_image_processor(config.image.image_size).save_pretrained(folder)
+    build_image_processor(config.image).save_pretrained(folder)
     limits = [*list_training_limits(source), *list_bias_limits(source), SCALE_LIMIT, *LIMITS]
     if config.captioning or config.masked_language:
         limits.append(
@@ -130,6 +129,7 @@ def reload(folder: Path) -> Reloaded:
     model = BlipForImageTextRetrieval.from_pretrained(folder, local_files_only=True).eval()
     pictures = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    statistics = pictures.image_mean, pictures.image_std
 
     def tokenize(texts: list[str]) -> tuple[Tensor, Tensor]:
         inputs = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
@@ -137,7 +137,7 @@ def reload(folder: Path) -> Reloaded:
 
     @torch.no_grad()
     def embed_images(pixels: Tensor) -> Tensor:
-        return unit(model.vision_proj(model.vision_model(normalise(pixels)).last_hidden_state[:, 0]))
+        return unit(model.vision_proj(model.vision_model(normalise(pixels, *statistics)).last_hidden_state[:, 0]))
 
     @torch.no_grad()
     def embed_texts(texts: list[str]) -> Tensor:
@@ -147,7 +147,7 @@ def reload(folder: Path) -> Reloaded:
     @torch.no_grad()
     def match_logits(pixels: Tensor, texts: list[str]) -> Tensor:
         ids, mask = tokenize(texts)
-        return model(input_ids=ids, attention_mask=mask.long(), pixel_values=normalise(pixels)).itm_score
+        return model(input_ids=ids, attention_mask=mask.long(), pixel_values=normalise(pixels, *statistics)).itm_score
 
     return Reloaded(
         library=f"transformers {importlib.metadata.version('transformers')}",

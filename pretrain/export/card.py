@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 from pretrain import __version__
 from pretrain.export.compare import Comparison
-from pretrain.model.model import PIXEL_MEAN, PIXEL_STD
 from pretrain.restore import LoadedRun
 
 
@@ -29,8 +28,8 @@ def render_card(source: LoadedRun, to: str, name: str, guide: Guide, comparison:
         "embedding": f"{model.embed_dim} numbers, compared at unit norm",
         "picture": f"{model.image.image_size} x {model.image.image_size} pixels, RGB: the shorter side resized "
         "(bicubic, antialiased), then the centre",
-        "pixel mean": ", ".join(map(str, PIXEL_MEAN)),
-        "pixel deviation": ", ".join(map(str, PIXEL_STD)),
+        "pixel mean": ", ".join(map(str, model.image.pixel_mean)),
+        "pixel deviation": ", ".join(map(str, model.image.pixel_std)),
         "text": f"{model.text.context_length} tokens at most, tokenizer {model.tokenizer.kind}",
         "trained on": config.data.names,
         "steps": f"{source.step:,}",

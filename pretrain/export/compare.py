@@ -17,7 +17,6 @@ from data_tools.errors import UserError
 from data_tools.shards import Manifest, ShardReader
 from pretrain.data.decode import BadSample, decode_image, eval_crop
 from pretrain.data.loader import find_picture, read_captions
-from pretrain.model.model import PIXEL_STD, normalise
 from pretrain.model.towers import unit
 from pretrain.randomness import generator
 from pretrain.restore import LoadedRun
@@ -176,11 +175,12 @@ def compare_pixels(comparison: Comparison, source: LoadedRun, reloaded: Reloaded
     Real pictures are only told of: at hard edges between black and white, Pillow and torch clip overshoot at different
     stages of resizing and may differ by tens, in a few pixels.
     """
-    size, scale = source.config.model.image.image_size, torch.tensor(PIXEL_STD)[:, None, None] * 255
+    image = source.config.model.image
+    size, scale = image.image_size, torch.tensor(image.pixel_std)[:, None, None] * 255
     for kind, limit, pictures in (("drawn", PIXEL_TOLERANCE, probes.drawn), ("real", math.inf, probes.real)):
         same = [picture for picture in pictures if not (reloaded.rounds_crop_down and is_cropped_aside(picture, size))]
         if same:
-            ours = torch.stack([normalise(eval_crop(picture, size)) for picture in same])
+            ours = torch.stack([image.normalise(eval_crop(picture, size)) for picture in same])
             theirs = torch.stack([reloaded.preprocess(Image.fromarray(picture)) for picture in same])
             over = f"{len(same)} {kind} pictures"
             comparison.check("preprocessed pixels, of 255", ours * scale, theirs * scale, limit, over)

@@ -19,8 +19,9 @@ from data_tools.errors import UserError
 from data_tools.files import write_atomic, write_json_atomic
 from pretrain.export.card import Guide, list_bias_limits, list_contrastive_limits
 from pretrain.export.compare import Reloaded
-from pretrain.model.model import MAX_LOGIT_SCALE, PIXEL_MEAN, PIXEL_STD, normalise
+from pretrain.model.model import MAX_LOGIT_SCALE
 from pretrain.model.names import IMAGE_NAMES, TEXT_NAMES, clip_to_huggingface
+from pretrain.model.towers import ImageConfig, normalise
 from pretrain.restore import LoadedRun
 from pretrain.torchvision_ops import prepare_torchvision
 
@@ -82,7 +83,7 @@ def write(source: LoadedRun, folder: Path, final: Path) -> Guide:
     settings.architectures, settings.dtype = [model_class], "float32"
     settings.save_pretrained(folder)
     save_file(convert_weights(source), folder / "model.safetensors", {"format": "pt"})
-    pictures = build_image_processor(config.image.image_size)
+    pictures = build_image_processor(config.image)
     pictures.save_pretrained(folder)  # preprocessor_config.json, where transformers 4 looks
     limits = [*list_contrastive_limits(source, "transformers"), *list_bias_limits(source), *LIMITS]
     if config.tokenizer.kind == "clip":
@@ -96,15 +97,15 @@ def write(source: LoadedRun, folder: Path, final: Path) -> Guide:
     return Guide("transformers", USAGE.format(model=model_class, processor=processor_class, name=final.name), limits)
 
 
-def build_image_processor(size: int) -> Any:
-    """The evaluation transform: the shorter side to `size` pixels, then the centre, and CLIP's pixel statistics."""
+def build_image_processor(image: ImageConfig) -> Any:
+    """The evaluation transform: the shorter side to the tower's size, then the centre, and its pixel statistics."""
     import transformers
 
     return transformers.CLIPImageProcessor(
-        size={"shortest_edge": size},
-        crop_size={"height": size, "width": size},
-        image_mean=list(PIXEL_MEAN),
-        image_std=list(PIXEL_STD),
+        size={"shortest_edge": image.image_size},
+        crop_size={"height": image.image_size, "width": image.image_size},
+        image_mean=list(image.pixel_mean),
+        image_std=list(image.pixel_std),
     )
 
 
@@ -224,6 +225,7 @@ def reload(folder: Path) -> Reloaded:
 
     model = AutoModel.from_pretrained(folder, local_files_only=True)
     processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+    statistics = processor.image_processor.image_mean, processor.image_processor.image_std
     any_picture = torch.zeros(1, 3, *[model.config.vision_config.image_size] * 2)
 
     def read(texts: list[str]) -> Any:
@@ -235,7 +237,7 @@ def reload(folder: Path) -> Reloaded:
 
     @torch.no_grad()
     def embed_images(pixels: Tensor) -> Tensor:
-        return model(pixel_values=normalise(pixels), **read(["any"])).image_embeds
+        return model(pixel_values=normalise(pixels, *statistics), **read(["any"])).image_embeds
 
     @torch.no_grad()
     def embed_texts(texts: list[str]) -> Tensor:

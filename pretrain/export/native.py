@@ -33,7 +33,7 @@ from pretrain.data.decode import eval_crop, eval_pixels
 from pretrain.data.text import Tokenizer, build_tokenizer
 from pretrain.export.card import Guide
 from pretrain.export.compare import Reloaded
-from pretrain.model.model import ImageTextModel, ModelConfig, build_model, normalise
+from pretrain.model.model import ImageTextModel, ModelConfig, build_model
 from pretrain.model.towers import unit
 from pretrain.restore import LoadedRun, set_weights
 
@@ -213,7 +213,7 @@ def reload(folder: Path) -> Reloaded:
     return Reloaded(
         library=f"pretrain {__version__}",
         tokenize=loaded.tokenizer,
-        preprocess=lambda picture: normalise(loaded.preprocess(picture)),
+        preprocess=lambda picture: loaded.config.image.normalise(loaded.preprocess(picture)),
         embed_images=loaded.embed_images,
         embed_texts=loaded.embed_texts,
         logit_scale=loaded.logit_scale,

@@ -18,7 +18,7 @@ from data_tools.files import write_json_atomic
 from pretrain.export.card import Guide, list_contrastive_limits
 from pretrain.export.compare import Reloaded
 from pretrain.export.huggingface import build_bert_config, cap_log_scale
-from pretrain.model.model import PIXEL_MEAN, PIXEL_STD, normalise
+from pretrain.model.towers import normalise
 from pretrain.restore import LoadedRun
 from pretrain.torchvision_ops import prepare_torchvision
 
@@ -76,8 +76,8 @@ def write(source: LoadedRun, folder: Path, final: Path) -> Guide:
     settings = {
         "model_cfg": model_settings,
         "preprocess_cfg": {
-            "mean": PIXEL_MEAN,
-            "std": PIXEL_STD,
+            "mean": config.image.pixel_mean,
+            "std": config.image.pixel_std,
             "interpolation": "bicubic",
             "resize_mode": "shortest",
         },
@@ -154,6 +154,7 @@ def reload(folder: Path) -> Reloaded:
 
     model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}", **place_text_model(folder))
     model.eval()
+    statistics = model.visual.image_mean, model.visual.image_std
     tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
     padding = model.text.config.pad_token_id if isinstance(model, open_clip.CustomTextCLIP) else None
 
@@ -168,7 +169,7 @@ def reload(folder: Path) -> Reloaded:
 
     @torch.no_grad()
     def embed_images(pixels: Tensor) -> Tensor:
-        return model.encode_image(normalise(pixels), normalize=True)
+        return model.encode_image(normalise(pixels, *statistics), normalize=True)
 
     @torch.no_grad()
     def embed_texts(texts: list[str]) -> Tensor:

@@ -31,9 +31,6 @@ from pretrain.model.towers import IMAGE_TOWERS, TEXT_TOWERS, Tower, unit
 from pretrain.model.warm_start import WARM_STARTS
 from pretrain.world import World
 
-# The pixel statistics of CLIP's training data (OpenAI), which every open_clip and Hugging Face CLIP expects.
-PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
-PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_LOGIT_SCALE = 100.0
 
 
@@ -193,7 +190,8 @@ class ImageTextModel(nn.Module):
     def encode_image(self, image: Tensor, keys: Tensor | None = None) -> Tower:
         """[B,3,H,W] uint8 -> tokens [B,N,D], pooled [B,E] (not yet of unit norm); `keys` [B] for dropout in training."""
         with self.noise.using(keys):
-            return self.image_tower(normalise(image).to(self.logit_scale.log_scale.dtype))  # the parameters' precision
+            pixels = self.config.image.normalise(image)
+            return self.image_tower(pixels.to(self.logit_scale.log_scale.dtype))  # the parameters' precision
 
     def encode_text(self, ids: Tensor, mask: Tensor, keys: Tensor | None = None) -> Tower:
         """[B,L] ids and mask -> tokens [B,L,D], pooled [B,E] (not yet of unit norm); `keys` [B] for dropout in training."""
@@ -294,13 +292,6 @@ class ImageTextModel(nn.Module):
             output.masked_language = predict(
                 self.masked_head, tokens, chosen, batch.ids, embedding, weights.masked_language
             )
-
-
-def normalise(image: Tensor) -> Tensor:
-    """uint8 [B,3,H,W] -> float32 of zero mean and unit deviation (as CLIP counts them), laid out in memory as before."""
-    mean = torch.tensor(PIXEL_MEAN, device=image.device)[:, None, None] * 255
-    std = torch.tensor(PIXEL_STD, device=image.device)[:, None, None] * 255
-    return (image - mean) / std
 
 
 def build_model(config: ModelConfig, tokenizer: Tokenizer, seed: int = 0, world: World | None = None) -> ImageTextModel:

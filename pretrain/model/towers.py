@@ -13,7 +13,8 @@ many of its layers (0: the embeddings), while `pooled` always comes from the las
 
 import functools
 import inspect
-from typing import Any, Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, NamedTuple
 
 import pydantic
 import torch
@@ -38,9 +39,33 @@ class Tower(NamedTuple):
 # quick_gelu is x sigmoid(1.702 x), as OpenAI's weights and a few others have it.
 Activation = Literal["gelu", "quick_gelu"]
 PatchShare = pydantic.Field(default=0.0, ge=0, lt=1)  # of the patches, left out in training (FLIP, arXiv:2212.00794)
+Means = Annotated[list[Annotated[float, pydantic.Field(ge=0, le=1)]], pydantic.Field(min_length=3, max_length=3)]
+Deviations = Annotated[list[Annotated[float, pydantic.Field(gt=0)]], pydantic.Field(min_length=3, max_length=3)]
+
+# The pixel statistics of CLIP's training data (OpenAI), which every open_clip and Hugging Face CLIP expects.
+PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
+PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-class VitConfig(ConfigModel):
+def normalise(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Pixels [B,3,H,W], 0 to 255 -> float32 (x / 255 - mean) / std, of each channel; laid out in memory as before."""
+    shift = torch.tensor(mean, device=image.device)[:, None, None] * 255
+    scale = torch.tensor(std, device=image.device)[:, None, None] * 255
+    return (image - shift) / scale
+
+
+class ImageConfig(ConfigModel):
+    """What image towers share: how they get their pixels."""
+
+    pixel_mean: Means = list(PIXEL_MEAN)  # of red, green and blue, from 0 to 1; weights expect their own
+    pixel_std: Deviations = list(PIXEL_STD)
+
+    def normalise(self, image: Tensor) -> Tensor:
+        """uint8 [B,3,H,W] -> float32, as the tower takes it."""
+        return normalise(image, self.pixel_mean, self.pixel_std)
+
+
+class VitConfig(ImageConfig):
     """open_clip's vision transformer."""
 
     kind: Literal["vit"]
@@ -62,13 +87,13 @@ class VitConfig(ConfigModel):
         return self
 
     def open_clip_config(self) -> dict:
-        return self.model_dump(exclude={"kind", "activation"})
+        return self.model_dump(exclude={"kind", "activation", "pixel_mean", "pixel_std"})
 
     def build(self, embed_dim: int, world: World) -> nn.Module:
         return Vit(self, embed_dim)
 
 
-class ResNetConfig(ConfigModel):
+class ResNetConfig(ImageConfig):
     """open_clip's ResNet: three-convolution stem, antialiased strides, attention pooling."""
 
     kind: Literal["resnet"]
@@ -86,7 +111,7 @@ class ResNetConfig(ConfigModel):
         return self
 
     def open_clip_config(self) -> dict:
-        return self.model_dump(exclude={"kind"})
+        return self.model_dump(exclude={"kind", "pixel_mean", "pixel_std"})
 
     def build(self, embed_dim: int, world: World) -> nn.Module:
         return ResNet(self, embed_dim, world)
@@ -125,7 +150,7 @@ class ClipTextConfig(ConfigModel):
         return ClipText(self, embed_dim, tokenizer, text_layer)
 
 
-class TimmConfig(ConfigModel):
+class TimmConfig(ImageConfig):
     """Any of timm's image models by name; its features are the tokens, its own pooling (before the classifier) is kept."""
 
     kind: Literal["timm"]
@@ -196,7 +221,7 @@ class HuggingfaceConfig(ConfigModel):
                 raise ConfigError(f"{where}.config.{key}: a {config.model_type} has no such key.{near}")
 
 
-class HuggingfaceImageConfig(HuggingfaceConfig):
+class HuggingfaceImageConfig(ImageConfig, HuggingfaceConfig):
     """A vision model of transformers: ViT, CLIP's, SigLIP's, BLIP's, DINOv2, ..."""
 
     image_size: Count = 224  # pixels

@@ -4,13 +4,14 @@
 Files are read with safetensors or torch's `weights_only`, never as pickled code.
 """
 
+import json
 import logging
 import math
 import pickle
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,20 +23,36 @@ from data_tools.errors import UserError, first_line
 from pretrain.config import ConfigError, ConfigModel
 from pretrain.model.blocks import begins_with
 from pretrain.model.names import IMAGE_NAMES, TEXT_NAMES, clip_from_huggingface, from_blip
-from pretrain.model.towers import POSITION_NAMES, ClipText, Vit
+from pretrain.model.towers import PIXEL_MEAN, PIXEL_STD, POSITION_NAMES, ClipText, ImageConfig, Vit
 from pretrain.torchvision_ops import prepare_torchvision
 from pretrain.world import World
 
 log = logging.getLogger(__name__)
 
 OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-NATIVE_FILE = "model.safetensors"
+OPEN_CLIP_CONFIG = "open_clip_config.json"
+NATIVE_FILE, NATIVE_CONFIG = "model.safetensors", "config.json"
 READ_ERRORS = (OSError, SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError)  # of files missing or broken
 PADDED_IDS = 128  # vocabularies that differ by no more are the same, filled up to a round number
 
 
+class Pixels(NamedTuple):
+    """What pixels from 0 to 1 are normalised by, red, green and blue."""
+
+    mean: list[float]
+    std: list[float]
+
+    @classmethod
+    def find(cls, settings: dict[str, Any], mean: str, std: str) -> "Pixels":
+        """From a library's settings, where CLIP's go without saying."""
+        return cls(list(settings.get(mean) or PIXEL_MEAN), list(settings.get(std) or PIXEL_STD))
+
+
 class Source(ConfigModel):
     parts: list[str] = []  # take only what begins with one of these names, such as image_tower; none: all that fits
+
+    def find_pixels(self) -> Pixels | None:
+        """How the pixels were normalised that the image tower was trained on, where the source says so."""
 
 
 class OpenClipSource(Source):
@@ -63,6 +80,16 @@ class OpenClipSource(Source):
             raise ConfigError(f"model.warm_start: open_clip has no '{self.name}' with tag '{self.tag}'. Tags: {tags}")
         return Path(reach(pretrained.download_pretrained, known))
 
+    def find_pixels(self) -> Pixels | None:
+        path = Path(self.name)
+        if (path / OPEN_CLIP_CONFIG).is_file():
+            return Pixels.find(read_json(path / OPEN_CLIP_CONFIG).get("preprocess_cfg", {}), "mean", "std")
+        if path.exists():
+            return None
+        from open_clip import pretrained
+
+        return Pixels.find(pretrained.get_pretrained_cfg(self.name, self.tag), "mean", "std")
+
 
 class HuggingfaceSource(Source):
     """transformers' weights: CLIP and BLIP whole, or of any model that is of a tower's own kind, that tower."""
@@ -83,6 +110,15 @@ class HuggingfaceSource(Source):
             )
         return weights
 
+    def find_pixels(self) -> Pixels | None:
+        import transformers
+
+        try:
+            settings, _ = transformers.ImageProcessingMixin.get_image_processor_dict(self.name)
+        except (OSError, ValueError):  # it has no such file
+            return None
+        return Pixels.find(settings, "image_mean", "image_std") if settings.get("do_normalize", True) else None
+
 
 class TimmSource(Source):
     """timm's own weights of an image tower of kind timm."""
@@ -97,6 +133,12 @@ class TimmSource(Source):
         inner = reach(lambda name: timm.create_model(name, pretrained=True, num_classes=0), self.name)
         return {f"image_tower.inner.{name}": value for name, value in inner.state_dict().items()}
 
+    def find_pixels(self) -> Pixels | None:
+        import timm
+
+        known = timm.models.get_pretrained_cfg(self.name)
+        return Pixels(list(known.mean), list(known.std)) if known else None
+
 
 class NativeSource(Source):
     """One of our own exports (`--to native`), or any .safetensors file of our names."""
@@ -107,6 +149,11 @@ class NativeSource(Source):
     def read(self, model: nn.Module) -> dict[str, Tensor]:
         path = Path(self.path)
         return read_file(find_file(path, (NATIVE_FILE,)) if path.is_dir() else path)
+
+    def find_pixels(self) -> Pixels | None:
+        path = Path(self.path) / NATIVE_CONFIG
+        image = read_json(path).get("model", {}).get("image") if path.is_file() else None
+        return Pixels.find(image, "pixel_mean", "pixel_std") if image else None
 
 
 WARM_STARTS: dict[str, type[ConfigModel]] = {
@@ -125,6 +172,7 @@ class Report:
     resized: dict[str, str] = field(default_factory=dict)  # name -> what was done
     fresh: dict[str, int] = field(default_factory=dict)  # name -> number of values; as the seed gave them
     unused: list[str] = field(default_factory=list)
+    pixels: list[str] = field(default_factory=list)  # of sources whose image tower had them normalised otherwise
 
 
 def warm_start(model: nn.Module, sources: list[Any], world: World) -> Report:
@@ -165,6 +213,26 @@ def fill(model: nn.Module, source: Any, report: Report) -> None:
         else:
             report.loaded[name] = value.numel()
     report.unused += [name for name in wanted if name not in own]
+    if any(begins_with(name, "image_tower") for name in fitting):
+        report.pixels += compare_pixels(model.config.image, source)
+
+
+def compare_pixels(image: ImageConfig, source: Any) -> list[str]:
+    """What to say of pixels that the source's image tower had normalised otherwise.
+
+    Raises ConfigError unless the config itself says how they are normalised: weights that get other pixels are worth less,
+    and frozen ones stay so.
+    """
+    theirs, ours = source.find_pixels(), Pixels(image.pixel_mean, image.pixel_std)
+    if theirs is None or torch.allclose(torch.tensor(theirs), torch.tensor(ours), rtol=0, atol=1e-4):
+        return []
+    if not {"pixel_mean", "pixel_std"} & image.model_fields_set:
+        raise ConfigError(
+            f"model.warm_start: the {source.kind} source's image tower was trained on pixels normalised otherwise. Set "
+            f"model.image.pixel_mean={theirs.mean} and model.image.pixel_std={theirs.std}; or, to have CLIP's all the same, "
+            f"model.image.pixel_mean={ours.mean}"
+        )
+    return [f"mean {theirs.mean}, std {theirs.std} in the {source.kind} source, here {ours.mean} and {ours.std}"]
 
 
 def move_layers(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -321,6 +389,13 @@ def reach(get: Any, name: Any) -> Any:
         ) from None
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {first_line(error)}. Give a folder that is whole") from None
+
+
 def find_file(folder: Path, names: tuple[str, ...]) -> Path:
     found = next((folder / name for name in names if (folder / name).is_file()), None)
     if found is None:
@@ -353,6 +428,7 @@ def render_report(report: Report) -> str:
             values = sum(size for name, size in names.items() if begins_with(name, part))
             lines.append(f"{state:<12}{part:<16}{count:>8}{values:>16,}")
     lines += [f"{'resized':<12}{name}: {done}" for name, done in report.resized.items()]
+    lines += [f"{'pixels':<12}{line}" for line in report.pixels]
     parts = {name.partition(".")[0] for name in report.loaded}
     lines += [f"{'fresh':<12}{name}" for name in report.fresh if name.partition(".")[0] in parts]
     lines += [f"{'not used':<12}{name}" for name in report.unused]

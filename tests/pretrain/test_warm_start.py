@@ -1,7 +1,9 @@
 """Weights of other libraries and of ours in a new model: equal outputs, resized positions, and a table of what was done."""
 
+import json
 import logging
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -292,6 +294,58 @@ def test_the_table_names_what_is_fresh_and_not_used(tmp_path: Path, caplog: pyte
     assert ["fresh", "match_head", "2", "66"] in rows
     assert ["fresh", "image_tower.inner.proj"] in rows and ["not", "used", "extra"] in rows
     assert not any("fusion." in word for row in rows for word in row)  # a part that is all fresh takes one line
+
+
+@pytest.mark.parametrize("kind", ["open_clip", "huggingface", "native"])
+def test_pixels_are_normalised_as_the_weights_expect(
+    kind: str, clip: tuple[nn.Module, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    import transformers
+
+    mean, std, folder = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3], tmp_path / "folder"
+    other = {name: value.contiguous() for name, value in build(IMAGE, TEXT, seed=1).state_dict().items()}
+    folder.mkdir()
+    if kind == "open_clip":
+        named = {
+            name.replace("image_tower.inner.", "visual.").replace("text_tower.inner.", ""): value
+            for name, value in other.items()
+        }
+        save_file(named, folder / "open_clip_model.safetensors")
+        (folder / "open_clip_config.json").write_text(json.dumps({"preprocess_cfg": {"mean": mean, "std": std}}))
+    elif kind == "native":
+        save_file(other, folder / "model.safetensors")
+        settings = {"model": {"image": {"pixel_mean": mean, "pixel_std": std}}}
+        (folder / "config.json").write_text(json.dumps(settings))
+    else:
+        shutil.copytree(clip[1], folder, dirs_exist_ok=True)
+        transformers.CLIPImageProcessor(image_mean=mean, image_std=std).save_pretrained(folder)
+    source = {"kind": kind, "path" if kind == "native" else "name": str(folder)}
+    with pytest.raises(
+        ConfigError, match=re.escape(f"Set model.image.pixel_mean={mean} and model.image.pixel_std={std};")
+    ):
+        start(build(IMAGE, TEXT), source)
+    report = start(build(IMAGE, TEXT), source | {"parts": ["text_tower"]})
+    assert not report.pixels
+    model = build(IMAGE | {"pixel_mean": mean, "pixel_std": std}, TEXT)
+    report = start(model, source)
+    assert not report.pixels
+    image = torch.randint(0, 256, (2, 3, 32, 32), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    with torch.no_grad():
+        expected = model.image_tower((image / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1))
+        assert_close(model.encode_image(image).pooled, expected.pooled)
+    with caplog.at_level(logging.INFO):
+        start(build(IMAGE | {"pixel_mean": [0.5] * 3}, TEXT), source)
+    assert any(line.startswith("pixels") and str(std) in line for line in caplog.messages[-1].splitlines())
+
+
+def test_pixels_of_weights_by_name() -> None:
+    half = [0.5, 0.5, 0.5]
+    for source in (
+        {"kind": "timm", "name": "vit_base_patch16_224.augreg_in21k"},
+        {"kind": "open_clip", "name": "ViT-B-16-SigLIP", "tag": "webli"},
+    ):
+        values = {"image": IMAGE, "text": TEXT, "warm_start": [source]}
+        assert check_config(values, ModelConfig, "test").warm_start[0].find_pixels() == (half, half)
 
 
 class Harmful:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from data_tools.errors import UserError
-from data_tools.files import lock_folder, write_atomic
+from data_tools.files import lock_folder, write_atomic, write_json_atomic
 from data_tools.shards import Manifest, write_shard
 from pretrain import checkpoint
 from pretrain.__main__ import main
@@ -25,8 +25,8 @@ from pretrain.data.loader import DataConfig
 from pretrain.data.text import build_tokenizer
 from pretrain.export import EXPORTS, export_run, load
 from pretrain.export.compare import build_probes, draw_picture, is_cropped_aside
-from pretrain.model.model import PIXEL_STD, build_model, normalise
-from pretrain.model.towers import unit
+from pretrain.model.model import build_model
+from pretrain.model.towers import PIXEL_MEAN, PIXEL_STD, normalise, unit
 from pretrain.randomness import generator
 from pretrain.restore import load_run
 from pretrain.torchvision_ops import prepare_torchvision
@@ -34,16 +34,17 @@ from pretrain.train import RunConfig, load_run_config
 
 prepare_torchvision()
 
+OWN_PIXELS = {"pixel_mean": [0.5, 0.4, 0.3], "pixel_std": [0.2, 0.25, 0.3]}
 IMAGE_TOWERS = {
     "vit": {"kind": "vit", "image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16,
             "patch_dropout": 0.5},
     "resnet": {"kind": "resnet", "image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 32},
     "quick": {"kind": "vit", "image_size": 32, "patch_size": 8, "width": 32, "layers": 1, "head_width": 16,
-              "activation": "quick_gelu"},
-    "timm": {"kind": "timm", "name": "test_resnet", "image_size": 32},
+              "activation": "quick_gelu", **OWN_PIXELS},
+    "timm": {"kind": "timm", "name": "test_resnet", "image_size": 32, **OWN_PIXELS},
     "blip": {"kind": "huggingface", "image_size": 32, "pooling": "first", "projection_bias": True,
              "config": {"model_type": "blip_vision_model", "hidden_size": 32, "num_hidden_layers": 2,
-                        "num_attention_heads": 2, "intermediate_size": 64, "patch_size": 8}},
+                        "num_attention_heads": 2, "intermediate_size": 64, "patch_size": 8}, **OWN_PIXELS},
 }  # fmt: skip
 TEXT_TOWERS = {
     "clip": {"kind": "clip", "context_length": 16, "width": 32, "heads": 4, "layers": 2},
@@ -196,7 +197,7 @@ def embed_with_run(run, pictures, texts):
     source = load_run(run)
     pixels = torch.stack([eval_crop(picture, 32) for picture in pictures])
     image, text = source.model.encode_image(pixels), source.model.encode_text(*source.tokenizer(texts))
-    return normalise(pixels), unit(image.pooled), unit(text.pooled)
+    return source.config.model.image.normalise(pixels), unit(image.pooled), unit(text.pooled)
 
 
 ALL_RUNS = [
@@ -526,7 +527,11 @@ def test_weights_that_come_back_otherwise_are_not_an_export(to, weights, build_r
 def test_another_preprocessing_is_not_an_export(build_run, tmp_path, monkeypatch, capsys):
     from pretrain.export import open_clip
 
-    monkeypatch.setattr(open_clip, "PIXEL_MEAN", (0.5, 0.5, 0.5))
+    def write(path, settings):
+        settings["preprocess_cfg"]["mean"] = (0.5, 0.5, 0.5)
+        write_json_atomic(path, settings)
+
+    monkeypatch.setattr(open_clip, "write_json_atomic", write)
     assert export(build_run("vit", "clip", "clip"), "open_clip", tmp_path / "export") == 2
     assert "preprocessed pixels" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
@@ -641,7 +646,7 @@ def test_pictures_that_transformers_crops_aside(size, aside):
     picture = draw_picture(*size, generator(5, "picture", size[1]))
     processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     theirs = processor(images=Image.fromarray(picture), return_tensors="pt")["pixel_values"][0]
-    assert (pixel_difference(theirs, normalise(eval_crop(picture, 32))) > 2) == aside
+    assert (pixel_difference(theirs, normalise(eval_crop(picture, 32), PIXEL_MEAN, PIXEL_STD)) > 2) == aside
     assert is_cropped_aside(picture, 32) == aside
 
 

@@ -16,6 +16,7 @@ from ranks import Command
 from safetensors.torch import load_file
 
 from data_tools.errors import UserError
+from pretrain import checkpoint
 from pretrain.__main__ import main
 from pretrain.config import ConfigError, load_config
 from pretrain.data.loader import Loader
@@ -157,6 +158,21 @@ def test_a_checkpoint_of_another_model_is_refused_in_one_line(shards: Path, whol
 def test_what_must_not_change_is_named(overrides: list[str], message: str, whole_run: Path) -> None:
     config = load_config(whole_run / "config.yaml", overrides, RunConfig)
     with pytest.raises(UserError, match=message):
+        find_checkpoint(config, World())
+
+
+def test_a_checkpoint_from_before_a_key_was_there_has_its_default(whole_run: Path, monkeypatch) -> None:
+    find = checkpoint.find_newest
+
+    def find_older(*others):
+        found = find(*others)
+        del found.state["model"]["image"]["pixel_mean"]
+        return found
+
+    monkeypatch.setattr(checkpoint, "find_newest", find_older)
+    assert find_checkpoint(load_config(whole_run / "config.yaml", [], RunConfig), World()) is not None
+    config = load_config(whole_run / "config.yaml", ["model.image.pixel_mean=[0.5, 0.5, 0.5]"], RunConfig)
+    with pytest.raises(UserError, match=r"pixel_mean \[0.48145466, .*\], now it is \[0.5, 0.5, 0.5\]"):
         find_checkpoint(config, World())
 
 

@@ -15,8 +15,10 @@ READERS := energon huggingface open_clip
 demo: $(READY)
 	$(VENV)/bin/python -m pretrain demo
 
-# Three files at a time, on 2 cores: while one waits for a cluster or for ranks of its own, the others compute.
+# Three files at a time, on 2 cores: while one waits for a cluster or for ranks of its own, the others compute. Compiled
+# beforehand, since hundreds of processes follow, and none of them may where PYTHONDONTWRITEBYTECODE is set.
 test: $(READY)
+	$(VENV)/bin/python -m compileall -q pretrain data_tools launch tests
 	$(VENV)/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test-faults: $(READY)
@@ -37,7 +39,8 @@ lint: $(READY)
 $(READY): setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "error: Python 3.10 or newer is needed; found " + sys.version.split()[0] + ". Try make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[test]'
+	-$(VENV)/bin/python -m compileall -qq -j 0 $(VENV)/lib  # pip does it too, with one core
 	touch $(READY)
 
 clean:

@@ -1,5 +1,6 @@
 """A job under supervisors, for tests of faults: its nodes are supervisors on this machine, each with its own name."""
 
+import contextlib
 import json
 import os
 import secrets
@@ -129,7 +130,8 @@ class LocalRun(Run):
 
     def signal_node(self, name: str, number: int) -> None:
         for pid in [self.supervisors[name].pid, *self.ranks_of(name)]:
-            os.kill(pid, number)
+            with contextlib.suppress(ProcessLookupError):  # a supervisor that goes on may have ended its ranks
+                os.kill(pid, number)
 
     def end(self, name: str, patience_s: float = PATIENCE_S) -> int:
         self.wait_for(lambda: self.supervisors[name].poll() is not None, f"the end of {name}", patience_s)

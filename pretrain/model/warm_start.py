@@ -4,6 +4,7 @@
 Files are read with safetensors or torch's `weights_only`, never as pickled code.
 """
 
+import contextlib
 import json
 import logging
 import math
@@ -11,7 +12,7 @@ import pickle
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ from data_tools.errors import UserError, first_line
 from pretrain.config import ConfigError, ConfigModel
 from pretrain.model.blocks import begins_with
 from pretrain.model.names import IMAGE_NAMES, TEXT_NAMES, clip_from_huggingface, from_blip
-from pretrain.model.towers import PIXEL_MEAN, PIXEL_STD, POSITION_NAMES, ClipText, ImageConfig, Vit
+from pretrain.model.towers import PIXEL_MEAN, PIXEL_STD, POSITION_NAMES, ClipText, Vit
 from pretrain.torchvision_ops import prepare_torchvision
 from pretrain.world import World
 
@@ -33,26 +34,18 @@ OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 NATIVE_FILE, NATIVE_CONFIG = "model.safetensors", "config.json"
 READ_ERRORS = (OSError, SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError)  # of files missing or broken
+OWN_KEYS = ("pixel_mean", "pixel_std", "activation", "head_width", "heads")  # of towers, and in no tensor's shape
+UNSEEN_KEYS = ("hidden_act", "num_attention_heads", "layer_norm_eps")  # the same of transformers' configs
+CHOICES = ("pixel_mean", "pixel_std", "activation")  # which a config may set to something else on purpose
 PADDED_IDS = 128  # vocabularies that differ by no more are the same, filled up to a round number
-
-
-class Pixels(NamedTuple):
-    """What pixels from 0 to 1 are normalised by, red, green and blue."""
-
-    mean: list[float]
-    std: list[float]
-
-    @classmethod
-    def find(cls, settings: dict[str, Any], mean: str, std: str) -> "Pixels":
-        """From a library's settings, where CLIP's go without saying."""
-        return cls(list(settings.get(mean) or PIXEL_MEAN), list(settings.get(std) or PIXEL_STD))
 
 
 class Source(ConfigModel):
     parts: list[str] = []  # take only what begins with one of these names, such as image_tower; none: all that fits
 
-    def find_pixels(self) -> Pixels | None:
-        """How the pixels were normalised that the image tower was trained on, where the source says so."""
+    def find_settings(self, model: nn.Module) -> dict[str, Any]:
+        """Keys below `model` that the weights were trained with and that no shape shows, as far as the source tells them."""
+        return {}
 
 
 class OpenClipSource(Source):
@@ -80,15 +73,25 @@ class OpenClipSource(Source):
             raise ConfigError(f"model.warm_start: open_clip has no '{self.name}' with tag '{self.tag}'. Tags: {tags}")
         return Path(reach(pretrained.download_pretrained, known))
 
-    def find_pixels(self) -> Pixels | None:
+    def find_settings(self, model: nn.Module) -> dict[str, Any]:
         path = Path(self.name)
         if (path / OPEN_CLIP_CONFIG).is_file():
-            return Pixels.find(read_json(path / OPEN_CLIP_CONFIG).get("preprocess_cfg", {}), "mean", "std")
-        if path.exists():
-            return None
-        from open_clip import pretrained
+            told = read_json(path / OPEN_CLIP_CONFIG)
+            shape, pixels = told.get("model_cfg"), told.get("preprocess_cfg", {})
+        elif path.exists():
+            return {}
+        else:
+            from open_clip import get_model_config, pretrained
 
-        return Pixels.find(pretrained.get_pretrained_cfg(self.name, self.tag), "mean", "std")
+            shape, pixels = get_model_config(self.name), pretrained.get_pretrained_cfg(self.name, self.tag)
+            shape |= {"quick_gelu": shape.get("quick_gelu", False) or pixels.get("quick_gelu", False)}
+        settings = describe_pixels(pixels, "mean", "std")
+        if shape:
+            activation = "quick_gelu" if shape.get("quick_gelu") else "gelu"
+            settings |= {"image.activation": activation, "text.activation": activation}
+            settings["image.head_width"] = shape["vision_cfg"].get("head_width", 64)  # open_clip's own defaults
+            settings["text.heads"] = shape["text_cfg"].get("heads", 8)
+        return settings
 
 
 class HuggingfaceSource(Source):
@@ -110,14 +113,26 @@ class HuggingfaceSource(Source):
             )
         return weights
 
-    def find_pixels(self) -> Pixels | None:
+    def find_settings(self, model: nn.Module) -> dict[str, Any]:
         import transformers
 
-        try:
-            settings, _ = transformers.ImageProcessingMixin.get_image_processor_dict(self.name)
-        except (OSError, ValueError):  # it has no such file
-            return None
-        return Pixels.find(settings, "image_mean", "image_std") if settings.get("do_normalize", True) else None
+        settings = {}
+        with contextlib.suppress(OSError, ValueError):  # it has no such file
+            told, _ = transformers.ImageProcessingMixin.get_image_processor_dict(self.name)
+            settings = describe_pixels(told, "image_mean", "image_std") if told.get("do_normalize", True) else {}
+        config = transformers.AutoConfig.from_pretrained(self.name)
+        for side, nested in (("image", "vision_config"), ("text", "text_config")):
+            told, kind = getattr(config, nested, config).to_dict(), getattr(model.config, side).kind
+            heads = told.get("num_attention_heads")
+            if kind in ("vit", "clip"):
+                settings[f"{side}.activation"] = told.get("hidden_act")
+            if kind in ("clip", "bert"):
+                settings[f"{side}.heads"] = heads
+            if kind == "vit" and heads:
+                settings[f"{side}.head_width"] = told["hidden_size"] // heads
+            if kind == "huggingface":
+                settings |= {f"{side}.config.{key}": told.get(key) for key in UNSEEN_KEYS}
+        return settings
 
 
 class TimmSource(Source):
@@ -133,11 +148,11 @@ class TimmSource(Source):
         inner = reach(lambda name: timm.create_model(name, pretrained=True, num_classes=0), self.name)
         return {f"image_tower.inner.{name}": value for name, value in inner.state_dict().items()}
 
-    def find_pixels(self) -> Pixels | None:
+    def find_settings(self, model: nn.Module) -> dict[str, Any]:
         import timm
 
         known = timm.models.get_pretrained_cfg(self.name)
-        return Pixels(list(known.mean), list(known.std)) if known else None
+        return describe_pixels({"mean": known.mean, "std": known.std}, "mean", "std") if known else {}
 
 
 class NativeSource(Source):
@@ -150,10 +165,21 @@ class NativeSource(Source):
         path = Path(self.path)
         return read_file(find_file(path, (NATIVE_FILE,)) if path.is_dir() else path)
 
-    def find_pixels(self) -> Pixels | None:
+    def find_settings(self, model: nn.Module) -> dict[str, Any]:
         path = Path(self.path) / NATIVE_CONFIG
-        image = read_json(path).get("model", {}).get("image") if path.is_file() else None
-        return Pixels.find(image, "pixel_mean", "pixel_std") if image else None
+        shape = read_json(path).get("model") if path.is_file() else None
+        if not shape:
+            return {}
+        settings = describe_pixels(shape["image"], "pixel_mean", "pixel_std")
+        for side in ("image", "text"):
+            if shape[side]["kind"] == getattr(model.config, side).kind:
+                settings |= {f"{side}.{key}": shape[side][key] for key in OWN_KEYS if key in shape[side]}
+        return settings
+
+
+def describe_pixels(told: dict[str, Any], mean: str, std: str) -> dict[str, Any]:
+    """Pixel statistics from a library's settings, where CLIP's go without saying."""
+    return {"image.pixel_mean": list(told.get(mean) or PIXEL_MEAN), "image.pixel_std": list(told.get(std) or PIXEL_STD)}
 
 
 WARM_STARTS: dict[str, type[ConfigModel]] = {
@@ -172,7 +198,9 @@ class Report:
     resized: dict[str, str] = field(default_factory=dict)  # name -> what was done
     fresh: dict[str, int] = field(default_factory=dict)  # name -> number of values; as the seed gave them
     unused: list[str] = field(default_factory=list)
-    pixels: list[str] = field(default_factory=list)  # of sources whose image tower had them normalised otherwise
+    differing: list[str] = field(
+        default_factory=list
+    )  # settings that the config has otherwise than a source, on purpose
 
 
 def warm_start(model: nn.Module, sources: list[Any], world: World) -> Report:
@@ -213,26 +241,38 @@ def fill(model: nn.Module, source: Any, report: Report) -> None:
         else:
             report.loaded[name] = value.numel()
     report.unused += [name for name in wanted if name not in own]
-    if any(begins_with(name, "image_tower") for name in fitting):
-        report.pixels += compare_pixels(model.config.image, source)
+    sides = [side for side in ("image", "text") if any(begins_with(name, f"{side}_tower") for name in fitting)]
+    report.differing += compare_settings(model, source, sides)
 
 
-def compare_pixels(image: ImageConfig, source: Any) -> list[str]:
-    """What to say of pixels that the source's image tower had normalised otherwise.
+def compare_settings(model: nn.Module, source: Any, sides: list[str]) -> list[str]:
+    """What the towers of these sides have otherwise than where the weights come from, because the config says so.
 
-    Raises ConfigError unless the config itself says how they are normalised: weights that get other pixels are worth less,
-    and frozen ones stay so.
+    Raises ConfigError for what differs and is not chosen: such weights compute something else, and frozen ones always will.
     """
-    theirs, ours = source.find_pixels(), Pixels(image.pixel_mean, image.pixel_std)
-    if theirs is None or torch.allclose(torch.tensor(theirs), torch.tensor(ours), rtol=0, atol=1e-4):
-        return []
-    if not {"pixel_mean", "pixel_std"} & image.model_fields_set:
+    wrong, chosen = {}, []
+    for key, theirs in source.find_settings(model).items():
+        side, _, name = key.partition(".")
+        section, inner = getattr(model.config, side), getattr(model, f"{side}_tower").inner
+        ours = getattr(inner.config, name[7:], None) if name.startswith("config.") else getattr(section, name, None)
+        if side not in sides or ours is None or theirs is None or agree(ours, theirs):
+            continue
+        if name in CHOICES and name in section.model_fields_set:
+            chosen.append(f"model.{key}: {theirs} there, {ours} here")
+        else:
+            wrong[key] = theirs
+    if wrong:
+        needed = " and ".join(f"model.{key}={value}" for key, value in wrong.items())
         raise ConfigError(
-            f"model.warm_start: the {source.kind} source's image tower was trained on pixels normalised otherwise. Set "
-            f"model.image.pixel_mean={theirs.mean} and model.image.pixel_std={theirs.std}; or, to have CLIP's all the same, "
-            f"model.image.pixel_mean={ours.mean}"
+            f"model.warm_start: with other settings the weights of the {source.kind} source compute something else: set {needed}"
         )
-    return [f"mean {theirs.mean}, std {theirs.std} in the {source.kind} source, here {ours.mean} and {ours.std}"]
+    return chosen
+
+
+def agree(ours: Any, theirs: Any) -> bool:
+    if isinstance(ours, str) or isinstance(theirs, str):
+        return ours == theirs
+    return torch.allclose(*(torch.tensor(value, dtype=torch.float64) for value in (ours, theirs)), rtol=1e-3, atol=0)
 
 
 def move_layers(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -428,7 +468,7 @@ def render_report(report: Report) -> str:
             values = sum(size for name, size in names.items() if begins_with(name, part))
             lines.append(f"{state:<12}{part:<16}{count:>8}{values:>16,}")
     lines += [f"{'resized':<12}{name}: {done}" for name, done in report.resized.items()]
-    lines += [f"{'pixels':<12}{line}" for line in report.pixels]
+    lines += [f"{'differs':<12}{line}" for line in report.differing]
     parts = {name.partition(".")[0] for name in report.loaded}
     lines += [f"{'fresh':<12}{name}" for name in report.fresh if name.partition(".")[0] in parts]
     lines += [f"{'not used':<12}{name}" for name in report.unused]

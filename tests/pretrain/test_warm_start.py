@@ -114,7 +114,7 @@ def test_clip_at_another_resolution_and_length(clip: tuple[nn.Module, Path], cap
     from open_clip.model import resize_pos_embed, resize_text_pos_embed
 
     theirs, folder = clip
-    model = build(IMAGE | {"image_size": 48}, TEXT | {"context_length": 20})
+    model = build(IMAGE | QUICK | {"image_size": 48}, TEXT | QUICK | {"context_length": 20})
     with caplog.at_level(logging.INFO):
         report = start(model, {"kind": "huggingface", "name": str(folder)})
     assert set(report.resized) == {"image_tower.inner.positional_embedding", "text_tower.inner.positional_embedding"}
@@ -296,46 +296,85 @@ def test_the_table_names_what_is_fresh_and_not_used(tmp_path: Path, caplog: pyte
     assert not any("fusion." in word for row in rows for word in row)  # a part that is all fresh takes one line
 
 
-@pytest.mark.parametrize("kind", ["open_clip", "huggingface", "native"])
-def test_pixels_are_normalised_as_the_weights_expect(
-    kind: str, clip: tuple[nn.Module, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
+PIXELS = {"pixel_mean": MEAN, "pixel_std": STD}
+
+
+def write_source(kind: str, folder: Path, clip: Path) -> dict:
+    """A folder of towers with quick_gelu and pixel statistics of their own, and the source that names it."""
     import transformers
 
-    mean, std, folder = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3], tmp_path / "folder"
-    other = {name: value.contiguous() for name, value in build(IMAGE, TEXT, seed=1).state_dict().items()}
+    if kind == "huggingface":
+        shutil.copytree(clip, folder)
+        transformers.CLIPImageProcessor(image_mean=MEAN, image_std=STD).save_pretrained(folder)
+        return {"kind": kind, "name": str(folder)}
     folder.mkdir()
-    if kind == "open_clip":
-        named = {
-            name.replace("image_tower.inner.", "visual.").replace("text_tower.inner.", ""): value
-            for name, value in other.items()
-        }
-        save_file(named, folder / "open_clip_model.safetensors")
-        (folder / "open_clip_config.json").write_text(json.dumps({"preprocess_cfg": {"mean": mean, "std": std}}))
-    elif kind == "native":
-        save_file(other, folder / "model.safetensors")
-        settings = {"model": {"image": {"pixel_mean": mean, "pixel_std": std}}}
-        (folder / "config.json").write_text(json.dumps(settings))
-    else:
-        shutil.copytree(clip[1], folder, dirs_exist_ok=True)
-        transformers.CLIPImageProcessor(image_mean=mean, image_std=std).save_pretrained(folder)
-    source = {"kind": kind, "path" if kind == "native" else "name": str(folder)}
-    with pytest.raises(
-        ConfigError, match=re.escape(f"Set model.image.pixel_mean={mean} and model.image.pixel_std={std};")
+    model = build(IMAGE | QUICK | PIXELS, TEXT | QUICK, seed=1)
+    weights = {name: value.contiguous() for name, value in model.state_dict().items()}
+    if kind == "native":
+        save_file(weights, folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps({"model": model.config.model_dump()}))
+        return {"kind": kind, "path": str(folder)}
+    names = {"image_tower.inner.": "visual.", "text_tower.inner.": ""}
+    for ours, theirs in names.items():
+        weights = {name.replace(ours, theirs): value for name, value in weights.items()}
+    save_file(weights, folder / "open_clip_model.safetensors")
+    sides = {"vision_cfg": {"head_width": 16}, "text_cfg": {"heads": 2}}
+    settings = {"model_cfg": {"quick_gelu": True, **sides}, "preprocess_cfg": {"mean": MEAN, "std": STD}}
+    (folder / "open_clip_config.json").write_text(json.dumps(settings))
+    return {"kind": kind, "name": str(folder)}
+
+
+@pytest.mark.parametrize("kind", ["open_clip", "huggingface", "native"])
+def test_weights_are_not_taken_under_settings_that_are_not_theirs(
+    kind: str, clip: tuple[nn.Module, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of what no shape shows: how pixels are normalised, the activation, the number of heads."""
+    source = write_source(kind, tmp_path / "folder", clip[1])
+    image, text = IMAGE | QUICK | PIXELS, TEXT | QUICK
+    for changed_image, changed_text, needed in (
+        (IMAGE | QUICK, text, f"model.image.pixel_mean={MEAN} and model.image.pixel_std={STD}"),
+        (IMAGE | PIXELS, text, "model.image.activation=quick_gelu"),
+        (image | {"head_width": 8}, text, "model.image.head_width=16"),
+        (image, TEXT, "model.text.activation=quick_gelu"),
+        (image, text | {"heads": 4}, "model.text.heads=2"),
     ):
-        start(build(IMAGE, TEXT), source)
-    report = start(build(IMAGE, TEXT), source | {"parts": ["text_tower"]})
-    assert not report.pixels
-    model = build(IMAGE | {"pixel_mean": mean, "pixel_std": std}, TEXT)
-    report = start(model, source)
-    assert not report.pixels
-    image = torch.randint(0, 256, (2, 3, 32, 32), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+        with pytest.raises(ConfigError, match=rf"compute something else: set {re.escape(needed)}$"):
+            start(build(changed_image, changed_text), source)
+    assert not start(build(IMAGE, text), source | {"parts": ["text_tower"]}).differing  # no pixels
+    model = build(image, text)
+    assert not start(model, source).differing
+    pixels = torch.randint(0, 256, (2, 3, 32, 32), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
     with torch.no_grad():
-        expected = model.image_tower((image / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1))
-        assert_close(model.encode_image(image).pooled, expected.pooled)
+        assert_close(model.encode_image(pixels).pooled, model.image_tower((pixels / 255 - mean) / std).pooled)
     with caplog.at_level(logging.INFO):
-        start(build(IMAGE | {"pixel_mean": [0.5] * 3}, TEXT), source)
-    assert any(line.startswith("pixels") and str(std) in line for line in caplog.messages[-1].splitlines())
+        start(build(image | {"pixel_mean": [0.5] * 3}, text | {"activation": "gelu"}), source)
+    differing = [line.split(maxsplit=1)[1] for line in caplog.messages[-1].splitlines() if line.startswith("differs")]
+    assert differing == [
+        f"model.image.pixel_mean: {MEAN} there, [0.5, 0.5, 0.5] here",
+        "model.text.activation: quick_gelu there, gelu here",
+    ]
+
+
+def test_encoders_are_not_taken_under_settings_that_are_not_theirs(tmp_path: Path) -> None:
+    save_bert(tmp_path, 2)
+    source = {"kind": "huggingface", "name": str(tmp_path)}
+    with pytest.raises(ConfigError, match=r"set model\.text\.heads=2$"):
+        start(build(IMAGE, TEXT | {"kind": "bert", "context_length": 40, "heads": 4}), source)
+    config = {
+        "model_type": "bert",
+        **WORDS,
+        "max_position_embeddings": 40,
+        "hidden_act": "relu",
+        "layer_norm_eps": 1e-5,
+    }
+    text = {"kind": "huggingface", "context_length": 40, "config": config | {"num_attention_heads": 4}}
+    needed = (
+        "config.hidden_act=gelu and model.text.config.num_attention_heads=2 and model.text.config.layer_norm_eps=1e-12"
+    )
+    with pytest.raises(ConfigError, match=rf"set model\.text\.{re.escape(needed)}$"):
+        start(build(IMAGE, text), source)
 
 
 def test_pixels_of_weights_by_name() -> None:
@@ -345,7 +384,8 @@ def test_pixels_of_weights_by_name() -> None:
         {"kind": "open_clip", "name": "ViT-B-16-SigLIP", "tag": "webli"},
     ):
         values = {"image": IMAGE, "text": TEXT, "warm_start": [source]}
-        assert check_config(values, ModelConfig, "test").warm_start[0].find_pixels() == (half, half)
+        found = check_config(values, ModelConfig, "test").warm_start[0].find_settings(build(IMAGE, TEXT))
+        assert found["image.pixel_mean"] == found["image.pixel_std"] == half
 
 
 class Harmful:

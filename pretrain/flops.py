@@ -63,7 +63,8 @@ def count_parts(model: ImageTextModel, losses: LossesConfig) -> int:
         text, text_flops = measure(model.text_tower, lambda: model.encode_text(ids, mask))
         total += text_flops
         if losses.matching:
-            total += PAIRS * measure(model.fusion, lambda: model.match_pairs(text.tokens, mask, image.tokens))[1]
+            texts, masks, rows = text.tokens.expand(PAIRS, -1, -1), mask.expand(PAIRS, -1), mask.new_zeros(PAIRS).long()
+            total += measure(model.fusion, lambda: model.match_pairs(texts, masks, image.tokens, rows))[1]
         if losses.captioning:
             if not model.text_tower.is_causal:
                 total += measure(model.text_tower, lambda: model.text_tower.causal_tokens(ids, mask))[1]

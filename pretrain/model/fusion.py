@@ -1,13 +1,15 @@
 """Fusion of the two sides, chosen by `kind`: tokens and masks of both in, fused tokens and a pooled vector out.
 
-Every fusion is called as `fusion(text, text_mask, image)`: text [P,L,D_text] from the layer of the text tower that its
-config names (`text_layer`), text_mask [P,L] bool (True = a real token), image [P,N,D_image]. It returns `Fused`, in which
-padding has no part: neither real tokens nor the pooled vector depend on it. `fusion.width` is D.
+Every fusion is called as `fusion(text, text_mask, image, rows)`: text [P,L,D_text] from the layer of the text tower that
+its config names (`text_layer`), text_mask [P,L] bool (True = a real token), image [I,N,D_image], and which of the images
+each text goes with, rows [P] (None: its own, I = P). What is computed of an image alone is computed once, however many
+texts it goes with. It returns `Fused`, in which padding has no part: neither real tokens nor the pooled vector depend on
+it. `fusion.width` is D.
 
 Those whose config says `decodes` are also called as `fusion.decode(text, text_mask, image)`, with tokens of a causal text
 tower: [P,L,D], of which a token knows the image and the text up to itself, so that the next one can be predicted from it.
 
-Shape legend: P match pairs, N image tokens, L text tokens, D fusion width.
+Shape legend: P match pairs, I images, N image tokens, L text tokens, D fusion width.
 """
 
 from typing import ClassVar, Literal, NamedTuple
@@ -126,8 +128,15 @@ FUSIONS: dict[str, type[ConfigModel]] = {
 }
 
 
+def spread(image: Tensor, rows: Tensor | None) -> Tensor:
+    """[I,...] -> [P,...]: each pair's own."""
+    return image if rows is None else image[rows]
+
+
 class Attention(nn.Module):
     """Multi-head attention of `x` [P,X,D] to `context` [P,C,D']; `mask`, [P,C] or [P,X,C], is True where it may look.
+
+    With `rows` [P], `context` is [I,C,D'], and its row that each of `x` looks at is told there.
 
     With `gated`, what was found is multiplied by a projection of who asked, so that one layer can compare the two. A
     sum alone can hardly say whether they agree, and matching then starts to learn much later.
@@ -141,9 +150,9 @@ class Attention(nn.Module):
         self.key_value = nn.Linear(context_width, 2 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
         query = self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        key, value = self.key_value(context).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        key, value = spread(self.key_value(context), rows).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
         if mask is not None:
             mask = mask[:, None, None, :] if mask.ndim == 2 else mask[:, None]
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
@@ -195,10 +204,12 @@ class CrossAttentionLayer(nn.Module):
         # One each: a dropout's place in the model is what its masks are made from.
         self.self_dropout, self.cross_dropout, self.mlp_dropout = (nn.Dropout(config.dropout) for _ in range(3))
 
-    def forward(self, x: Tensor, mask: Tensor | None, other: Tensor, other_mask: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, mask: Tensor | None, other: Tensor, other_mask: Tensor | None, rows: Tensor | None = None
+    ) -> Tensor:
         y = self.self_norm(x)
         x = x + self.self_dropout(self.self_attention(y, y, mask))
-        found = self.cross_attention(self.cross_norm(x), self.other_norm(other), other_mask)
+        found = self.cross_attention(self.cross_norm(x), self.other_norm(other), other_mask, rows)
         x = x + self.cross_dropout(found)
         return x + self.mlp_dropout(self.mlp(self.mlp_norm(x)))
 
@@ -227,15 +238,16 @@ class CrossAttentionFusion(nn.Module):
             self.image = CrossAttentionStack(config, image_width, text_width)
         initialise(self, config.layers)
 
-    def forward(self, text: Tensor, text_mask: Tensor, image: Tensor) -> Fused:
-        image_mask = text_mask.new_ones(image.shape[:2])
+    def forward(self, text: Tensor, text_mask: Tensor, image: Tensor, rows: Tensor | None = None) -> Fused:
         if self.image is None:
-            tokens = self.run_one_way(self.text, text, text_mask, image, None)
+            tokens = self.run_one_way(self.text, self.text.enter(text), text_mask, image, None, rows)
             return Fused(tokens, text_mask, self.text.pool(tokens, text_mask))
+        entered = spread(self.image.enter(image), rows)
+        image_mask = text_mask.new_ones(entered.shape[:2])
         if self.text is None:
-            tokens = self.run_one_way(self.image, image, None, text, text_mask)
+            tokens = self.run_one_way(self.image, entered, None, text, text_mask)
             return Fused(tokens, image_mask, self.image.pool(tokens, None))
-        text, image = self.text.enter(text), self.image.enter(image)
+        text, image = self.text.enter(text), entered
         for text_layer, image_layer in zip(self.text.layers, self.image.layers, strict=True):
             text, image = text_layer(text, text_mask, image, None), image_layer(image, None, text, text_mask)
         text, image = self.text.norm(text), self.image.norm(image)
@@ -243,14 +255,19 @@ class CrossAttentionFusion(nn.Module):
         return Fused(torch.cat([text, image], 1), torch.cat([text_mask, image_mask], 1), pooled)
 
     def decode(self, text: Tensor, text_mask: Tensor, image: Tensor) -> Tensor:
-        return self.run_one_way(self.text, text, causal_mask(text_mask), image, None)
+        return self.run_one_way(self.text, self.text.enter(text), causal_mask(text_mask), image, None)
 
     def run_one_way(
-        self, own: CrossAttentionStack, x: Tensor, mask: Tensor | None, other: Tensor, other_mask: Tensor | None
+        self,
+        own: CrossAttentionStack,
+        x: Tensor,
+        mask: Tensor | None,
+        other: Tensor,
+        other_mask: Tensor | None,
+        rows: Tensor | None = None,
     ) -> Tensor:
-        x = own.enter(x)
         for layer in own.layers:
-            x = layer(x, mask, other, other_mask)
+            x = layer(x, mask, other, other_mask, rows)
         return own.norm(x)
 
 
@@ -263,10 +280,13 @@ class Joined(nn.Module):
         self.side = nn.Embedding(2, width)  # 0 text, 1 image
         nn.init.normal_(self.side.weight, std=0.02)
 
-    def forward(self, text: Tensor, text_mask: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, text: Tensor, text_mask: Tensor, image: Tensor, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """-> tokens [P,L+N,D], mask [P,L+N]."""
         side = self.side(torch.arange(2, device=text.device))
-        tokens = torch.cat([self.text(text) + side[0], self.image(image) + side[1]], 1)
+        image = spread(self.image(image) + side[1], rows)
+        tokens = torch.cat([self.text(text) + side[0], image], 1)
         return tokens, torch.cat([text_mask, text_mask.new_ones(image.shape[:2])], 1)
 
 
@@ -298,8 +318,8 @@ class SharedFusion(nn.Module):
         self.text_pool, self.image_pool = Pool(config.width, config.heads), Pool(config.width, config.heads)
         initialise(self, config.layers)
 
-    def forward(self, text: Tensor, text_mask: Tensor, image: Tensor) -> Fused:
-        tokens, mask = self.enter(text, text_mask, image)
+    def forward(self, text: Tensor, text_mask: Tensor, image: Tensor, rows: Tensor | None = None) -> Fused:
+        tokens, mask = self.enter(text, text_mask, image, rows)
         for layer in self.layers:
             tokens = layer(tokens, mask)
         tokens = self.norm(tokens)
@@ -353,9 +373,9 @@ class WeightedFusion(nn.Module):
         self.weigh = nn.Linear(2 * config.width, config.width)
         initialise(self, config.layers)
 
-    def forward(self, text: Tensor, text_mask: Tensor, image: Tensor) -> Fused:
+    def forward(self, text: Tensor, text_mask: Tensor, image: Tensor, rows: Tensor | None = None) -> Fused:
+        text, image = self.text_enter(text), spread(self.image_enter(image), rows)
         image_mask = text_mask.new_ones(image.shape[:2])
-        text, image = self.text_enter(text), self.image_enter(image)
         for text_layer, image_layer in zip(self.text_layers, self.image_layers, strict=True):
             text, image = text_layer(text, image, None), image_layer(image, text, text_mask)
         text, image = self.text_norm(text), self.image_norm(image)
@@ -379,11 +399,11 @@ class MedLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.norm = nn.LayerNorm(width, eps=epsilon)
 
-    def forward(self, text: Tensor, bias: Tensor, image: Tensor) -> Tensor:
+    def forward(self, text: Tensor, bias: Tensor, image: Tensor, rows: Tensor | None = None) -> Tensor:
         """`bias` [P,1,1,L] or [P,1,L,L] is added to the scores of self-attention."""
         (layer,) = self.bert_layer
         attended = layer.attention(text, bias)[0]
-        crossed = self.norm(attended + self.dropout(self.attention(attended, image)))
+        crossed = self.norm(attended + self.dropout(self.attention(attended, image, rows=rows)))
         return layer.output(layer.intermediate(crossed), crossed)
 
 
@@ -411,17 +431,17 @@ class MedFusion(nn.Module):
         self.cross = nn.ModuleList(MedLayer(layer, *sizes, config.dropout) for layer in layers)
         initialise(self, len(layers))
 
-    def forward(self, text: Tensor, text_mask: Tensor, image: Tensor) -> Fused:
-        tokens = self.run(text, attention_bias(text_mask[:, None, None, :], text.dtype), image)
+    def forward(self, text: Tensor, text_mask: Tensor, image: Tensor, rows: Tensor | None = None) -> Fused:
+        tokens = self.run(text, attention_bias(text_mask[:, None, None, :], text.dtype), image, rows)
         return Fused(tokens, text_mask, tokens[:, 0])
 
     def decode(self, text: Tensor, text_mask: Tensor, image: Tensor) -> Tensor:
         """BLIP's text decoder, which shares all weights with its encoder but those of self-attention; here those too."""
         return self.run(text, attention_bias(causal_mask(text_mask)[:, None], text.dtype), image)
 
-    def run(self, text: Tensor, bias: Tensor, image: Tensor) -> Tensor:
+    def run(self, text: Tensor, bias: Tensor, image: Tensor, rows: Tensor | None = None) -> Tensor:
         for layer in self.cross:
-            text = layer(text, bias, image)
+            text = layer(text, bias, image, rows)
         return text
 
 

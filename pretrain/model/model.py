@@ -198,10 +198,13 @@ class ImageTextModel(nn.Module):
         with self.noise.using(keys):
             return self.text_tower(ids, mask)
 
-    def match_pairs(self, text: Tensor, text_mask: Tensor, image: Tensor, keys: Tensor | None = None) -> Tensor:
-        """Match logits [P,2] (mismatch, match) of text tokens [P,L,D] with image tokens [P,N,D], pair by pair."""
+    def match_pairs(
+        self, text: Tensor, text_mask: Tensor, image: Tensor, rows: Tensor | None = None, keys: Tensor | None = None
+    ) -> Tensor:
+        """Match logits [P,2] (mismatch, match) of text tokens [P,L,D], each with its row [P] of image tokens [I,N,D] (without
+        `rows`, pair by pair); `keys` [P] for dropout in training."""
         with self.noise.using(keys):
-            logits = self.match_head(self.fusion(text, text_mask, image).pooled)
+            logits = self.match_head(self.fusion(text, text_mask, image, rows).pooled)
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def sample_keys(self, position: Tensor) -> Tensor:
@@ -241,11 +244,12 @@ class ImageTextModel(nn.Module):
             else:
                 others = everyone[pairs.text[chunk]]
             rows = image_rows[chunk]
-            sides = [others, pairs.mask[chunk], image_tokens[rows], pair_keys(keys[rows], text_keys[chunk])]
+            sides = [others, pairs.mask[chunk], rows, pair_keys(keys[rows], text_keys[chunk])]
             if start == 0:
-                own = [text_tokens, batch.mask, image_tokens, pair_keys(keys, keys)]
+                own = [text_tokens, batch.mask, image_rows[:size], pair_keys(keys, keys)]
                 sides = [torch.cat(both) for both in zip(own, sides, strict=True)]
-            return self.match_pairs(*sides)
+            texts, mask, rows, noise_keys = sides
+            return self.match_pairs(texts, mask, image_tokens, rows, noise_keys)
 
         chunks = [match_others(image.tokens, text.tokens, 0, 2 * size)]
         for start in range(2 * size, count, size):

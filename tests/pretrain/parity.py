@@ -245,7 +245,10 @@ def gather_tokens(world: World, case: Case) -> tuple[dict[str, float], dict[str,
     text_rows = np.concatenate([own, plan.hard_text[own], own])
     assert (image_rows >= 0).all() and (text_rows >= 0).all()
     logits = model.match_pairs(
-        texts[text_rows], masks[text_rows], images[image_rows], pair_keys(all_keys[image_rows], all_keys[text_rows])
+        texts[text_rows],
+        masks[text_rows],
+        images[image_rows],
+        keys=pair_keys(all_keys[image_rows], all_keys[text_rows]),
     )
     labels = torch.tensor([1] * len(own) + [0] * 2 * len(own))
     losses = {

@@ -87,6 +87,8 @@ def test_a_pair_does_not_depend_on_the_rest_of_its_batch(name: str) -> None:
     text, mask, image = draw_pairs()
     whole, rows = fusion(text, mask, image), torch.tensor([3, 0, 4])
     assert_same(fusion(text[rows], mask[rows], image[rows]), Fused(*(part[rows] for part in whole)))
+    images = torch.tensor([1, 1, 0])  # of which one goes with two texts
+    assert_same(fusion(text[rows], mask[rows], image, images), fusion(text[rows], mask[rows], image[images]))
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -64,7 +64,7 @@ def count_parts(model: ImageTextModel, losses: LossesConfig) -> int:
         total += text_flops
         if losses.matching:
             texts, masks, rows = text.tokens.expand(PAIRS, -1, -1), mask.expand(PAIRS, -1), mask.new_zeros(PAIRS).long()
-            total += measure(model.fusion, lambda: model.match_pairs(texts, masks, image.tokens, rows))[1]
+            total += measure(model.fusion, lambda: model.match_pairs(texts, masks, image.tokens, rows=rows))[1]
         if losses.captioning:
             if not model.text_tower.is_causal:
                 total += measure(model.text_tower, lambda: model.text_tower.causal_tokens(ids, mask))[1]

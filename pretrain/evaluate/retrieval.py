@@ -218,7 +218,8 @@ def score_pairs(
             longest = int(lengths[part[-1]])
             text_rows, image_rows = caption_of[part].to(world.device), row_of[part].to(world.device)
             text, text_mask = text_tokens[text_rows, :longest], mask[text_rows, :longest]
-            logits = model.match_pairs(text, text_mask, image_tokens, image_rows)
+            used, rows = image_rows.unique(return_inverse=True)
+            logits = model.match_pairs(text, text_mask, image_tokens[used], rows=rows)
             scores[wanted[part]] = (logits[:, 1] - logits[:, 0]).cpu()
     return fill_in(scores, world)
 

@@ -199,7 +199,7 @@ class ImageTextModel(nn.Module):
             return self.text_tower(ids, mask)
 
     def match_pairs(
-        self, text: Tensor, text_mask: Tensor, image: Tensor, rows: Tensor | None = None, keys: Tensor | None = None
+        self, text: Tensor, text_mask: Tensor, image: Tensor, *, rows: Tensor | None = None, keys: Tensor | None = None
     ) -> Tensor:
         """Match logits [P,2] (mismatch, match) of text tokens [P,L,D], each with its row [P] of image tokens [I,N,D] (without
         `rows`, pair by pair); `keys` [P] for dropout in training."""
@@ -249,7 +249,9 @@ class ImageTextModel(nn.Module):
                 own = [text_tokens, batch.mask, image_rows[:size], pair_keys(keys, keys)]
                 sides = [torch.cat(both) for both in zip(own, sides, strict=True)]
             texts, mask, rows, noise_keys = sides
-            return self.match_pairs(texts, mask, image_tokens, rows, noise_keys)
+            if start > 0:  # these are fewer than the images
+                image_tokens, rows = image_tokens[rows], None
+            return self.match_pairs(texts, mask, image_tokens, rows=rows, keys=noise_keys)
 
         chunks = [match_others(image.tokens, text.tokens, 0, 2 * size)]
         for start in range(2 * size, count, size):

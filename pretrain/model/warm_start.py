@@ -4,7 +4,6 @@
 Files are read with safetensors or torch's `weights_only`, never as pickled code.
 """
 
-import contextlib
 import json
 import logging
 import math
@@ -24,7 +23,14 @@ from data_tools.errors import UserError, first_line
 from pretrain.config import ConfigError, ConfigModel
 from pretrain.model.blocks import begins_with
 from pretrain.model.names import IMAGE_NAMES, TEXT_NAMES, clip_from_huggingface, from_blip
-from pretrain.model.towers import PIXEL_MEAN, PIXEL_STD, POSITION_NAMES, ClipText, Vit
+from pretrain.model.settings import (
+    describe_native,
+    describe_open_clip,
+    describe_pixels,
+    describe_transformers,
+    find_differing,
+)
+from pretrain.model.towers import POSITION_NAMES, ClipText, Vit
 from pretrain.torchvision_ops import prepare_torchvision
 from pretrain.world import World
 
@@ -34,14 +40,16 @@ OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 NATIVE_FILE, NATIVE_CONFIG = "model.safetensors", "config.json"
 READ_ERRORS = (OSError, SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError)  # of files missing or broken
-OWN_KEYS = ("pixel_mean", "pixel_std", "activation", "head_width", "heads")  # of towers, and in no tensor's shape
-UNSEEN_KEYS = ("hidden_act", "num_attention_heads", "layer_norm_eps")  # the same of transformers' configs
-CHOICES = ("pixel_mean", "pixel_std", "activation")  # which a config may set to something else on purpose
+# Where a side is from in what no shape shows: its layers, not a projection alone.
+UNSEEN = {"image_tower.inner": "image", "text_tower.inner": "text", "fusion": "fusion"}
 PADDED_IDS = 128  # vocabularies that differ by no more are the same, filled up to a round number
 
 
 class Source(ConfigModel):
     parts: list[str] = []  # take only what begins with one of these names, such as image_tower; none: all that fits
+    other_settings: bool = (
+        False  # take the weights also where the config has other settings than they were trained with
+    )
 
     def find_settings(self, model: nn.Module) -> dict[str, Any]:
         """Keys below `model` that the weights were trained with and that no shape shows, as far as the source tells them."""
@@ -77,21 +85,14 @@ class OpenClipSource(Source):
         path = Path(self.name)
         if (path / OPEN_CLIP_CONFIG).is_file():
             told = read_json(path / OPEN_CLIP_CONFIG)
-            shape, pixels = told.get("model_cfg"), told.get("preprocess_cfg", {})
-        elif path.exists():
+            return describe_open_clip(told.get("model_cfg") or {}, told.get("preprocess_cfg") or {}, model.config)
+        if path.exists():
             return {}
-        else:
-            from open_clip import get_model_config, pretrained
+        from open_clip import get_model_config, pretrained
 
-            shape, pixels = get_model_config(self.name), pretrained.get_pretrained_cfg(self.name, self.tag)
-            shape |= {"quick_gelu": shape.get("quick_gelu", False) or pixels.get("quick_gelu", False)}
-        settings = describe_pixels(pixels, "mean", "std")
-        if shape:
-            activation = "quick_gelu" if shape.get("quick_gelu") else "gelu"
-            settings |= {"image.activation": activation, "text.activation": activation}
-            settings["image.head_width"] = shape["vision_cfg"].get("head_width", 64)  # open_clip's own defaults
-            settings["text.heads"] = shape["text_cfg"].get("heads", 8)
-        return settings
+        shape, pixels = get_model_config(self.name), pretrained.get_pretrained_cfg(self.name, self.tag)
+        shape |= {"quick_gelu": shape.get("quick_gelu") or pixels.get("quick_gelu")}
+        return describe_open_clip(shape, pixels, model.config)
 
 
 class HuggingfaceSource(Source):
@@ -117,21 +118,16 @@ class HuggingfaceSource(Source):
         import transformers
 
         settings = {}
-        with contextlib.suppress(OSError, ValueError):  # it has no such file
+        try:
             told, _ = transformers.ImageProcessingMixin.get_image_processor_dict(self.name)
-            settings = describe_pixels(told, "image_mean", "image_std") if told.get("do_normalize", True) else {}
+        except OSError:  # there is no such file
+            told = {}
+        if told.get("do_normalize", True):
+            settings = describe_pixels(told.get("image_mean"), told.get("image_std"))
         config = transformers.AutoConfig.from_pretrained(self.name)
         for side, nested in (("image", "vision_config"), ("text", "text_config")):
-            told, kind = getattr(config, nested, config).to_dict(), getattr(model.config, side).kind
-            heads = told.get("num_attention_heads")
-            if kind in ("vit", "clip"):
-                settings[f"{side}.activation"] = told.get("hidden_act")
-            if kind in ("clip", "bert"):
-                settings[f"{side}.heads"] = heads
-            if kind == "vit" and heads:
-                settings[f"{side}.head_width"] = told["hidden_size"] // heads
-            if kind == "huggingface":
-                settings |= {f"{side}.config.{key}": told.get(key) for key in UNSEEN_KEYS}
+            kind = getattr(model.config, side).kind
+            settings |= describe_transformers(getattr(config, nested, config), side, kind)
         return settings
 
 
@@ -151,8 +147,8 @@ class TimmSource(Source):
     def find_settings(self, model: nn.Module) -> dict[str, Any]:
         import timm
 
-        known = timm.models.get_pretrained_cfg(self.name)
-        return describe_pixels({"mean": known.mean, "std": known.std}, "mean", "std") if known else {}
+        known = timm.create_model(self.name, num_classes=0).pretrained_cfg  # which also knows the hub's names
+        return describe_pixels(known.get("mean"), known.get("std"))
 
 
 class NativeSource(Source):
@@ -168,18 +164,7 @@ class NativeSource(Source):
     def find_settings(self, model: nn.Module) -> dict[str, Any]:
         path = Path(self.path) / NATIVE_CONFIG
         shape = read_json(path).get("model") if path.is_file() else None
-        if not shape:
-            return {}
-        settings = describe_pixels(shape["image"], "pixel_mean", "pixel_std")
-        for side in ("image", "text"):
-            if shape[side]["kind"] == getattr(model.config, side).kind:
-                settings |= {f"{side}.{key}": shape[side][key] for key in OWN_KEYS if key in shape[side]}
-        return settings
-
-
-def describe_pixels(told: dict[str, Any], mean: str, std: str) -> dict[str, Any]:
-    """Pixel statistics from a library's settings, where CLIP's go without saying."""
-    return {"image.pixel_mean": list(told.get(mean) or PIXEL_MEAN), "image.pixel_std": list(told.get(std) or PIXEL_STD)}
+        return describe_native(shape, model.config) if shape else {}
 
 
 WARM_STARTS: dict[str, type[ConfigModel]] = {
@@ -211,8 +196,13 @@ def warm_start(model: nn.Module, sources: list[Any], world: World) -> Report:
     report = Report()
     for turn in (True, False):  # the main rank first: what it downloads, the others find
         if world.is_main == turn:
+            origins: dict[str, Source] = {}
             for source in sources:
-                fill(model, source, report)
+                names = fill(model, source, report)
+                origins |= {part: source for part in UNSEEN if any(begins_with(name, part) for name in names)}
+            for source in sources:
+                sides = [UNSEEN[part] for part, origin in origins.items() if origin is source]
+                report.differing += compare_settings(model, source, sides)
         world.barrier()
     filled = report.loaded | report.resized
     report.fresh = {name: value.numel() for name, value in model.state_dict().items() if name not in filled}
@@ -222,7 +212,8 @@ def warm_start(model: nn.Module, sources: list[Any], world: World) -> Report:
 
 
 @torch.no_grad()
-def fill(model: nn.Module, source: Any, report: Report) -> None:
+def fill(model: nn.Module, source: Any, report: Report) -> list[str]:
+    """Returns the names of what was filled."""
     own = model.state_dict()  # shares the parameters' memory
     weights = move_layers(model, source.read(model))
     wanted = [name for name in weights if not source.parts or any(begins_with(name, part) for part in source.parts)]
@@ -241,38 +232,33 @@ def fill(model: nn.Module, source: Any, report: Report) -> None:
         else:
             report.loaded[name] = value.numel()
     report.unused += [name for name in wanted if name not in own]
-    sides = [side for side in ("image", "text") if any(begins_with(name, f"{side}_tower") for name in fitting)]
-    report.differing += compare_settings(model, source, sides)
+    return fitting
 
 
 def compare_settings(model: nn.Module, source: Any, sides: list[str]) -> list[str]:
-    """What the towers of these sides have otherwise than where the weights come from, because the config says so.
+    """What these sides have otherwise than where their weights come from: a line each.
 
-    Raises ConfigError for what differs and is not chosen: such weights compute something else, and frozen ones always will.
+    Raises ConfigError for it unless the source is to be taken all the same, and for a source whose settings are no settings.
     """
-    wrong, chosen = {}, []
-    for key, theirs in source.find_settings(model).items():
-        side, _, name = key.partition(".")
-        section, inner = getattr(model.config, side), getattr(model, f"{side}_tower").inner
-        ours = getattr(inner.config, name[7:], None) if name.startswith("config.") else getattr(section, name, None)
-        if side not in sides or ours is None or theirs is None or agree(ours, theirs):
-            continue
-        if name in CHOICES and name in section.model_fields_set:
-            chosen.append(f"model.{key}: {theirs} there, {ours} here")
-        else:
-            wrong[key] = theirs
-    if wrong:
-        needed = " and ".join(f"model.{key}={value}" for key, value in wrong.items())
+    if not sides:
+        return []
+    try:
+        settings = source.find_settings(model)
+        differing = find_differing(model, {key: at for key, at in settings.items() if key.partition(".")[0] in sides})
+    except UserError:
+        raise
+    except Exception as error:  # whatever is in other people's files
+        reason = f"{type(error).__name__}: {first_line(error)}"
         raise ConfigError(
-            f"model.warm_start: with other settings the weights of the {source.kind} source compute something else: set {needed}"
+            f"model.warm_start: cannot read the settings of the {source.kind} source: {reason}"
+        ) from error
+    if differing and not source.other_settings:
+        needed = " and ".join(f"model.{key}={theirs}" for key, (theirs, _) in differing.items())
+        raise ConfigError(
+            f"model.warm_start: the {source.kind} source's weights were trained with {needed}; else they compute something "
+            "else. Set that, leave the tower out (parts), or add other_settings: true to the source"
         )
-    return chosen
-
-
-def agree(ours: Any, theirs: Any) -> bool:
-    if isinstance(ours, str) or isinstance(theirs, str):
-        return ours == theirs
-    return torch.allclose(*(torch.tensor(value, dtype=torch.float64) for value in (ours, theirs)), rtol=1e-3, atol=0)
+    return [f"model.{key}: {theirs} there, {ours} here" for key, (theirs, ours) in differing.items()]
 
 
 def move_layers(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -58,7 +58,7 @@ def test_they_are_those_of_a_real_step(fusion: str) -> None:
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         image, text = model.encode_image(batch.image, keys), model.encode_text(batch.ids, batch.mask, keys)
         rows = torch.arange(pairs) % len(batch.keys)
-        logits = model.match_pairs(text.tokens[rows], batch.mask[rows], image.tokens, rows, keys[rows])
+        logits = model.match_pairs(text.tokens[rows], batch.mask[rows], image.tokens, rows=rows, keys=keys[rows])
         (image.pooled.sum() + text.pooled.sum() + logits.sum()).backward()
     patches = (config.image.image_size // config.image.patch_size) ** 2
     first = 2 * patches * 3 * config.image.patch_size**2 * config.image.width

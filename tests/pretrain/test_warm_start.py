@@ -6,6 +6,7 @@ import pickle
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import parity
 import pytest
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 from data_tools.errors import UserError
 from pretrain.config import ConfigError, check_config
 from pretrain.model.model import ImageTextModel, ModelConfig, build_model
-from pretrain.model.towers import unit
+from pretrain.model.settings import describe_open_clip, describe_pixels
+from pretrain.model.towers import PIXEL_MEAN, PIXEL_STD, unit
 from pretrain.model.warm_start import Report, fit, resize_grid, resize_line, warm_start
 from pretrain.torchvision_ops import prepare_torchvision
 from pretrain.world import World
@@ -339,7 +341,7 @@ def test_weights_are_not_taken_under_settings_that_are_not_theirs(
         (image, TEXT, "model.text.activation=quick_gelu"),
         (image, text | {"heads": 4}, "model.text.heads=2"),
     ):
-        with pytest.raises(ConfigError, match=rf"compute something else: set {re.escape(needed)}$"):
+        with pytest.raises(ConfigError, match=rf"were trained with {re.escape(needed)};"):
             start(build(changed_image, changed_text), source)
     assert not start(build(IMAGE, text), source | {"parts": ["text_tower"]}).differing  # no pixels
     model = build(image, text)
@@ -349,7 +351,8 @@ def test_weights_are_not_taken_under_settings_that_are_not_theirs(
     with torch.no_grad():
         assert_close(model.encode_image(pixels).pooled, model.image_tower((pixels / 255 - mean) / std).pooled)
     with caplog.at_level(logging.INFO):
-        start(build(image | {"pixel_mean": [0.5] * 3}, text | {"activation": "gelu"}), source)
+        model = build(image | {"pixel_mean": [0.5] * 3}, text | {"activation": "gelu"})
+        start(model, source | {"other_settings": True})
     differing = [line.split(maxsplit=1)[1] for line in caplog.messages[-1].splitlines() if line.startswith("differs")]
     assert differing == [
         f"model.image.pixel_mean: {MEAN} there, [0.5, 0.5, 0.5] here",
@@ -357,11 +360,20 @@ def test_weights_are_not_taken_under_settings_that_are_not_theirs(
     ]
 
 
+def refuse(model: ImageTextModel, *sources_and_needed: Any) -> None:
+    *sources, needed = sources_and_needed
+    with pytest.raises(ConfigError, match=rf"were trained with {re.escape(needed)}"):
+        start(model, *sources)
+
+
 def test_encoders_are_not_taken_under_settings_that_are_not_theirs(tmp_path: Path) -> None:
+    import transformers
+
     save_bert(tmp_path, 2)
     source = {"kind": "huggingface", "name": str(tmp_path)}
-    with pytest.raises(ConfigError, match=r"set model\.text\.heads=2$"):
-        start(build(IMAGE, TEXT | {"kind": "bert", "context_length": 40, "heads": 4}), source)
+    text = TEXT | {"kind": "bert", "context_length": 40}
+    refuse(build(IMAGE, text | {"heads": 4}), source, "model.text.heads=2")
+    start(build(IMAGE, text), source)
     config = {
         "model_type": "bert",
         **WORDS,
@@ -369,12 +381,61 @@ def test_encoders_are_not_taken_under_settings_that_are_not_theirs(tmp_path: Pat
         "hidden_act": "relu",
         "layer_norm_eps": 1e-5,
     }
-    text = {"kind": "huggingface", "context_length": 40, "config": config | {"num_attention_heads": 4}}
+    encoder = {"kind": "huggingface", "context_length": 40, "config": config | {"num_attention_heads": 4}}
     needed = (
         "config.hidden_act=gelu and model.text.config.num_attention_heads=2 and model.text.config.layer_norm_eps=1e-12"
     )
-    with pytest.raises(ConfigError, match=rf"set model\.text\.{re.escape(needed)}$"):
-        start(build(IMAGE, text), source)
+    refuse(build(IMAGE, encoder), source, f"model.text.{needed}")
+    config.pop("model_type")
+    transformers.BertModel(transformers.BertConfig(**config)).save_pretrained(tmp_path)
+    refuse(build(IMAGE, text), source, "model.text.kind=huggingface")
+    sizes = {"vocab_size": VOCABULARY, "dim": 24, "hidden_dim": 48, "n_layers": 1, "n_heads": 2, "activation": "relu"}
+    transformers.DistilBertModel(transformers.DistilBertConfig(**sizes)).save_pretrained(tmp_path)
+    encoder["config"] = {"model_type": "distilbert", **sizes, "n_heads": 4, "activation": "gelu"}
+    refuse(
+        build(IMAGE, encoder), source, "model.text.config.hidden_act=relu and model.text.config.num_attention_heads=2"
+    )
+
+
+def test_of_several_sources_the_last_one_s_settings_count(clip: tuple[nn.Module, Path], tmp_path: Path) -> None:
+    first = write_source("native", tmp_path / "first", clip[1])
+    other = build(IMAGE | {"head_width": 8}, TEXT, CROSS, seed=2)
+    save_file({name: value.contiguous() for name, value in other.state_dict().items()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"model": other.config.model_dump()}))
+    second = {"kind": "native", "path": str(tmp_path)}
+    start(build(IMAGE | {"head_width": 8}, TEXT, CROSS), first, second)
+    refuse(
+        build(IMAGE | {"head_width": 8}, TEXT, CROSS),
+        second | {"parts": ["text_tower"]},
+        first,
+        "model.image.pixel_mean",
+    )
+    refuse(build(IMAGE | {"head_width": 8}, TEXT, CROSS | {"heads": 4}), second, "model.fusion.heads=2")
+
+
+@pytest.mark.parametrize("content", ["[]", '{"model_cfg": {"vision_cfg": 3}}', '{"preprocess_cfg": 3}'])
+def test_settings_that_are_none_are_said_in_one_line(
+    content: str, clip: tuple[nn.Module, Path], tmp_path: Path
+) -> None:
+    source = write_source("open_clip", tmp_path / "folder", clip[1])
+    (tmp_path / "folder" / "open_clip_config.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"cannot read the settings of the open_clip source: \w+: .+$"):
+        start(build(IMAGE, TEXT), source)
+
+
+def test_what_open_clip_says_of_its_models() -> None:
+    import open_clip
+
+    model = build(IMAGE, TEXT).config
+    assert describe_pixels(0.5, [0.25]) == {"image.pixel_mean": [0.5] * 3, "image.pixel_std": [0.25] * 3}
+    plain = describe_open_clip(open_clip.get_model_config("ViT-H-14"), {}, model)
+    heads = {"image.head_width": 80, "text.heads": 16, "image.activation": "gelu", "text.activation": "gelu"}
+    assert plain == heads | describe_pixels(PIXEL_MEAN, PIXEL_STD)
+    siglip = describe_open_clip(open_clip.get_model_config("ViT-B-16-SigLIP2"), {}, model)
+    assert siglip["text.no_causal_mask"] is True and siglip["text.pool_type"] == "last"
+    bert = {"vision_cfg": {"timm_model_name": "x"}, "text_cfg": {"hf_model_name": "y"}}
+    assert {key.partition(".")[2] for key in describe_open_clip(bert, {}, model)} >= {"pixel_mean", "pixel_std"}
+    assert not any(key.startswith("text") for key in describe_open_clip(bert, {}, model))
 
 
 def test_pixels_of_weights_by_name() -> None:

@@ -40,7 +40,8 @@ $(READY): setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "error: Python 3.10 or newer is needed; found " + sys.version.split()[0] + ". Try make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[test]'
-	-$(VENV)/bin/python -m compileall -qq -j 0 $(VENV)/lib  # pip does it too, with one core
+	@# As pip does it, but with all cores. Some packages hold files that are no Python 3.
+	@$(VENV)/bin/python -m compileall -qq -j 0 $(VENV)/lib || true
 	touch $(READY)
 
 clean:

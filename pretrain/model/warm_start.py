@@ -47,9 +47,7 @@ PADDED_IDS = 128  # vocabularies that differ by no more are the same, filled up 
 
 class Source(ConfigModel):
     parts: list[str] = []  # take only what begins with one of these names, such as image_tower; none: all that fits
-    other_settings: bool = (
-        False  # take the weights also where the config has other settings than they were trained with
-    )
+    other_settings: bool = False  # take the weights also under other settings than they were trained with
 
     def find_settings(self, model: nn.Module) -> dict[str, Any]:
         """Keys below `model` that the weights were trained with and that no shape shows, as far as the source tells them."""
@@ -183,9 +181,7 @@ class Report:
     resized: dict[str, str] = field(default_factory=dict)  # name -> what was done
     fresh: dict[str, int] = field(default_factory=dict)  # name -> number of values; as the seed gave them
     unused: list[str] = field(default_factory=list)
-    differing: list[str] = field(
-        default_factory=list
-    )  # settings that the config has otherwise than a source, on purpose
+    differing: list[str] = field(default_factory=list)  # settings other than a source's, on purpose
 
 
 def warm_start(model: nn.Module, sources: list[Any], world: World) -> Report:

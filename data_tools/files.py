@@ -172,16 +172,21 @@ class Folder:
 
     def sizes(self, endings: tuple[str, ...] = ("",)) -> dict[str, int]:
         """Bytes of every file inside whose name has one of these endings, by name. Only those are asked for their size."""
-        if not self.path.is_dir():
-            return {}
-        with os.scandir(self.path) as entries:
-            wanted = (entry for entry in entries if entry.name.endswith(endings) and entry.is_file())
-            return {entry.name: entry.stat().st_size for entry in wanted}
+        sizes = {}
+        if self.path.is_dir():
+            with os.scandir(self.path) as entries:
+                for entry in entries:
+                    if entry.name.endswith(endings) and entry.is_file():
+                        with contextlib.suppress(FileNotFoundError):  # a writer beside us has renamed or removed it
+                            sizes[entry.name] = entry.stat().st_size
+        return sizes
 
     def size(self, name: str) -> int | None:
         """Bytes of the file, or None where there is no such file."""
         path = self.path / name
-        return path.stat().st_size if path.is_file() else None
+        with contextlib.suppress(FileNotFoundError):  # as above
+            return path.stat().st_size if path.is_file() else None
+        return None
 
     def read(self, name: str) -> bytes:
         """Raises FileNotFoundError."""

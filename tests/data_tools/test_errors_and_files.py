@@ -1,5 +1,6 @@
 """What a user reads when something goes wrong, and files that are whole or not there."""
 
+import contextlib
 import errno
 import json
 import os
@@ -157,6 +158,21 @@ def test_a_folder_has_one_writer_at_a_time(tmp_path):
             pass
     with lock_folder(tmp_path):
         pass
+
+
+def test_a_file_that_goes_while_a_folder_is_listed_is_not_in_it(tmp_path, monkeypatch):
+    """As the temporary file of another task does when it gets its name."""
+    for name in ("kept", "kept.0123abcd.tmp"):
+        (tmp_path / name).write_bytes(b"12345")
+
+    def list_late(path, scan=os.scandir):
+        with scan(path) as entries:
+            found = list(entries)
+        (tmp_path / "kept.0123abcd.tmp").unlink()
+        return contextlib.nullcontext(found)
+
+    monkeypatch.setattr(files.os, "scandir", list_late)
+    assert Folder(tmp_path).sizes() == {"kept": 5}
 
 
 def test_sizes_and_counts_are_readable(tmp_path):

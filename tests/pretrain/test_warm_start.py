@@ -413,13 +413,18 @@ def test_of_several_sources_the_last_one_s_settings_count(clip: tuple[nn.Module,
     refuse(build(IMAGE | {"head_width": 8}, TEXT, CROSS | {"heads": 4}), second, "model.fusion.heads=2")
 
 
-@pytest.mark.parametrize("content", ["[]", '{"model_cfg": {"vision_cfg": 3}}', '{"preprocess_cfg": 3}'])
+@pytest.mark.parametrize(("kind", "name", "content"), [
+    ("open_clip", "open_clip_config.json", "[]"),
+    ("open_clip", "open_clip_config.json", '{"model_cfg": {"vision_cfg": 3}}'),
+    ("open_clip", "open_clip_config.json", '{"preprocess_cfg": 3}'),
+    ("huggingface", "preprocessor_config.json", '{"image_mean": [0.5,'),
+])  # fmt: skip
 def test_settings_that_are_none_are_said_in_one_line(
-    content: str, clip: tuple[nn.Module, Path], tmp_path: Path
+    kind: str, name: str, content: str, clip: tuple[nn.Module, Path], tmp_path: Path
 ) -> None:
-    source = write_source("open_clip", tmp_path / "folder", clip[1])
-    (tmp_path / "folder" / "open_clip_config.json").write_text(content)
-    with pytest.raises(ConfigError, match=r"cannot read the settings of the open_clip source: \w+: .+$"):
+    source = write_source(kind, tmp_path / "folder", clip[1])
+    (tmp_path / "folder" / name).write_text(content)
+    with pytest.raises(ConfigError, match=rf"cannot read the settings of the {kind} source: \w+: .+$"):
         start(build(IMAGE, TEXT), source)
 
 

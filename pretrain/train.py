@@ -16,8 +16,8 @@ from pretrain import checkpoint
 from pretrain.accumulate import BadSteps, compute_gradients
 from pretrain.checkpoint import CheckpointConfig, Saver
 from pretrain.config import ConfigError, ConfigModel, check_config, load_config
-from pretrain.contract import Batch, TeacherOutput
-from pretrain.data.loader import DataConfig, Loader, open_loader
+from pretrain.contract import Batch, ModelOutput, TeacherOutput
+from pretrain.data.loader import DataConfig, open_loader
 from pretrain.data.text import Tokenizer, build_tokenizer
 from pretrain.ema import Ema, EmaConfig
 from pretrain.engine import (
@@ -140,7 +140,7 @@ def train(config: RunConfig, world: World) -> int:
     with lock_run(config.run, world) as lock:
         life = Life(config.run, config.watch, config.spikes, world, lock)
         try:
-            return train_steps(config, life, world)
+            return Trainer(config, life, world).run()
         except GiveUp as error:
             return life.give_up(error)
         except RunTaken as error:
@@ -161,140 +161,205 @@ def train(config: RunConfig, world: World) -> int:
             life.close()
 
 
-def train_steps(config: RunConfig, life: Life, world: World) -> int:
-    """From the newest checkpoint, if there is one, to the duration or a stop. Returns the exit code. Collective."""
-    import_deepspeed()  # before transformers does, which would not keep its linker quiet
-    tokenizer = build_tokenizer(config.model.tokenizer, config.model.text.context_length)
-    image_size, batch_size = config.model.image.image_size, config.train.batch_size
-    record = Path(config.run) / "data"
-    loader = open_loader(config.data, tokenizer, image_size, batch_size, config.seed, world, record)
-    newest = find_checkpoint(config, world)
-    config = settle(config, newest, world)
-    model = build_model(config.model, tokenizer, config.seed, world).train()
-    micro_batch_size = fit_micro_batch(config.train, newest, world)
-    check_micro_batches(model, micro_batch_size, batch_size // world.size)
-    check_towers(model)
-    teacher = load_teacher(config, tokenizer, world)
-    if not newest:
-        warm_start(model, config.model.warm_start, world)
-    peak = peak_tflops(world.device)
-    flops = count_model_flops(model, config.losses, world) if peak else None
-    engine = build_engine(model, config.engine, batch_size, world)
-    identity = run_identity(config, world)
-    step, extra = restore(engine, loader, life, newest, identity) if newest else (0, {})
+class Trainer:
+    """One life of a run: from the newest checkpoint, if there is one, to the duration or a stop. All of it is collective."""
 
-    def build_momentum(extra: dict[str, torch.Tensor]) -> Momentum | None:
-        settings = config.losses.momentum
-        return Momentum(settings, config.model, tokenizer, engine, world, extra) if settings else None
+    def __init__(self, config: RunConfig, life: Life, world: World) -> None:
+        import_deepspeed()  # before transformers does, which would not keep its linker quiet
+        self.life, self.world = life, world
+        self.tokenizer = build_tokenizer(config.model.tokenizer, config.model.text.context_length)
+        image_size, batch_size = config.model.image.image_size, config.train.batch_size
+        record = Path(config.run) / "data"
+        self.loader = open_loader(config.data, self.tokenizer, image_size, batch_size, config.seed, world, record)
+        self.newest = find_checkpoint(config, world)
+        self.config = config = settle(config, self.newest, world)
+        model = build_model(config.model, self.tokenizer, config.seed, world).train()
+        self.micro_batch_size = fit_micro_batch(config.train, self.newest, world)
+        check_micro_batches(model, self.micro_batch_size, batch_size // world.size)
+        check_towers(model)
+        self.teacher = load_teacher(config, self.tokenizer, world)
+        if not self.newest:
+            warm_start(model, config.model.warm_start, world)
+        self.peak_tflops = peak_tflops(world.device)
+        self.model_flops = count_model_flops(model, config.losses, world) if self.peak_tflops else None
+        self.engine = build_engine(model, config.engine, batch_size, world)
+        self.step = self.saved_step = 0  # steps done, and of those what a checkpoint holds; a beginning needs none
+        if self.newest:
+            self.restore(self.newest)
+        else:
+            self.begin_averages({})
+        self.steps = config.train.steps(self.loader.supply.epoch_samples)
+        if world.is_main:
+            describe_run(config.run, config)
+            self.loader.supply.put_on_record(record)
+            log.info("%s", self.describe())
+        self.statistics = BatchStatistics(model)
+        self.clock, self.stragglers = Clock(), Stragglers(life.watch, life.note, world)
+        self.metrics = Metrics(config.run, self.step, self.steps, enabled=world.is_main)
+        self.bad_steps = BadSteps(config.train.max_bad_steps, world)
+        self.saver = Saver(self.engine, config.run, config.checkpoint, world, life.saved, life.lock.check)
+        if self.newest:
+            self.saver.copy(self.newest.folder)  # of which the life before may not have come to the end
+        self.batches = iter(self.loader)
 
-    def build_ema(extra: dict[str, torch.Tensor]) -> Ema | None:
-        return Ema(config.ema, engine, world, extra) if config.ema else None
-
-    momentum, ema = build_momentum(extra), build_ema(extra)
-    del extra  # as large as the towers
-    steps = config.train.steps(loader.supply.epoch_samples)
-    if world.is_main:
-        describe_run(config.run, config)
-        loader.supply.put_on_record(record)
-        samples = "a stream" if loader.supply.epoch_samples is None else f"{loader.supply.epoch_samples:,} samples"
-        model_size = f"{size_of(engine)} in {config.engine.precision}"
-        log.info("%s: %s, %s, step %d of %d", config.run, model_size, samples, step, steps)
-
-    statistics = BatchStatistics(model)
-    clock, stragglers = Clock(), Stragglers(life.watch, life.note, world)
-    metrics = Metrics(config.run, step, steps, enabled=world.is_main)
-    bad_steps = BadSteps(config.train.max_bad_steps, world)
-    saver = Saver(engine, config.run, config.checkpoint, world, life.saved, life.lock.check)
-    if newest:
-        saver.copy(newest.folder)  # of which the life before may not have come to the end
-    batches = iter(loader)
-    life.start(step, steps, newest)
-    saved_step = step  # of a checkpoint, or of a beginning that needs none
-
-    def save() -> None:
-        nonlocal saved_step
-        life.watch.enter("save", step)
-        saver.finish()  # of the one before
-        life.begin_save()
-        beside = (momentum.state() if momentum else {}) | (ema.state() if ema else {})
-        saver.save(step, run_state(config, loader, life, step, world), beside)
-        saved_step = step
-        clock.leave_out()
-
-    try:
-        while step < steps:
-            life.watch.enter("data", step)
-            clock.data_wanted()
-            stopping, saving = life.wait_for(batches, is_saved=step == saved_step)
-            if (stopping or saving) and step != saved_step:
-                save()
-            if stopping:
-                break
-            if saving:
-                continue
-            batch = next(batches).to(world.device)
-            clock.data_ready()
-            life.watch.enter("step", step)
-            trained = step + 1 not in life.left_out.steps
-            if trained:
-                statistics.keep()
-                set_learning_rate(engine, learning_rate(config.engine, step, steps))
-                seed_torch(config.seed, step, world.rank)
-                losses, output = compute_gradients(
-                    engine, batch, config.losses, step, micro_batch_size, world, teacher, momentum
-                )
-                spike = life.judge(step + 1, losses["total"], engine)
-                if spike and (target := life.rollback_target(saver)):
-                    life.roll_back(step + 1, target, spike, batch)
-                    batches.close()
-                    drop_gradients(engine)  # which the first step after would else add to its own, at ZeRO 0 and 3
-                    step, extra = restore(engine, loader, life, target, identity)
-                    saved_step = step
-                    momentum, ema = build_momentum(extra), build_ema(extra)
-                    del extra
-                    batches, metrics = iter(loader), metrics.go_back(step)
-                    clock.leave_out()
+    def run(self) -> int:
+        """Train. Returns the exit code."""
+        self.life.start(self.step, self.steps, self.newest)
+        try:
+            while self.step < self.steps and self.await_data():
+                batch = next(self.batches).to(self.world.device)
+                self.clock.data_ready()
+                self.life.watch.enter("step", self.step)
+                if self.step + 1 in self.life.left_out.steps:
+                    self.end_step()
+                    continue
+                losses, output = self.compute(batch)
+                spike = self.life.judge(self.step + 1, losses["total"], self.engine)
+                if spike and (target := self.life.rollback_target(self.saver)):
+                    self.roll_back(target, spike, batch)
                     continue
                 if spike:
-                    statistics.restore()
-                    drop_gradients(engine)
-                    life.skip(step + 1, spike, all_keys(batch, world))
+                    self.skip(spike, batch)
                 else:
-                    scale_could_fall = can_lower_loss_scale(engine)
-                    applied = apply_gradients(engine)
-                    if not applied:
-                        statistics.restore()
-                    else:
-                        cap_logit_scale(engine)
-                        if momentum:
-                            momentum.follow(output.momentum, step)
-                        if ema:
-                            ema.follow()
-                    bad_keys = bad_steps.check(step + 1, applied, batch, losses, output, scale_could_fall)
-                    if bad_keys is not None:
-                        life.skip(step + 1, "loss or gradients not finite", bad_keys)
-            step += 1
-            clock.step_done()
-            loader.close_epochs()
-            metrics.step_done()
-            if trained and (step % config.train.log_every_steps == 0 or step in (1, steps)):
-                values = measure(engine, losses, loader, bad_steps, world) | clock.rates(batch_size)
-                values |= stragglers.report(step, values)
-                if flops is not None:
-                    values |= utilisation(flops, values["rate/samples_per_s"], peak, world)
-                metrics.log(step, values)
-            if step % config.checkpoint.every_steps == 0 or step == steps:
-                save()
-            elif saver.has_arrived():
-                life.watch.enter("save", step)
-                saver.finish()
-                clock.leave_out()
-        life.watch.enter("save", step)
-        saver.close()
-    finally:  # also where a step fails: else what is under way would be finished before the process ends
-        batches.close()
-    metrics.close()
-    return life.end(step, steps)
+                    self.update(batch, losses, output)
+                self.end_step(losses)
+            self.life.watch.enter("save", self.step)
+            self.saver.close()
+        finally:  # also where a step fails: else what is under way would be finished before the process ends
+            self.batches.close()
+        self.metrics.close()
+        return self.life.end(self.step, self.steps)
+
+    def await_data(self) -> bool:
+        """Wait for the next batch, and save where somebody asks for that; False: asked to stop, and all is saved."""
+        while True:
+            self.life.watch.enter("data", self.step)
+            self.clock.data_wanted()
+            stopping, saving = self.life.wait_for(self.batches, is_saved=self.step == self.saved_step)
+            if (stopping or saving) and self.step != self.saved_step:
+                self.save()
+            if stopping or not saving:
+                return not stopping
+
+    def compute(self, batch: Batch) -> tuple[dict[str, torch.Tensor], ModelOutput]:
+        """The gradients of the next step; see `compute_gradients`."""
+        self.statistics.keep()
+        set_learning_rate(self.engine, learning_rate(self.config.engine, self.step, self.steps))
+        seed_torch(self.config.seed, self.step, self.world.rank)
+        size, losses = self.micro_batch_size, self.config.losses
+        return compute_gradients(self.engine, batch, losses, self.step, size, self.world, self.teacher, self.momentum)
+
+    def update(self, batch: Batch, losses: dict[str, torch.Tensor], output: ModelOutput) -> None:
+        """Apply the gradients, unless they are not finite: then the step changes nothing."""
+        scale_could_fall = can_lower_loss_scale(self.engine)
+        applied = apply_gradients(self.engine)
+        if not applied:
+            self.statistics.restore()
+        else:
+            cap_logit_scale(self.engine)
+            if self.momentum:
+                self.momentum.follow(output.momentum, self.step)
+            if self.ema:
+                self.ema.follow()
+        bad_keys = self.bad_steps.check(self.step + 1, applied, batch, losses, output, scale_could_fall)
+        if bad_keys is not None:
+            self.life.skip(self.step + 1, "loss or gradients not finite", bad_keys)
+
+    def skip(self, spike: str, batch: Batch) -> None:
+        """Drop the gradients: the step changes nothing."""
+        self.statistics.restore()
+        drop_gradients(self.engine)
+        self.life.skip(self.step + 1, spike, all_keys(batch, self.world))
+
+    def roll_back(self, target: checkpoint.Found, spike: str, batch: Batch) -> None:
+        """Go back to a checkpoint, to leave out the steps that led to the spike."""
+        self.life.roll_back(self.step + 1, target, spike, batch)
+        self.batches.close()
+        drop_gradients(self.engine)  # which the first step after would else add to its own, at ZeRO 0 and 3
+        self.restore(target)
+        self.batches, self.metrics = iter(self.loader), self.metrics.go_back(self.step)
+        self.clock.leave_out()
+
+    def end_step(self, losses: dict[str, torch.Tensor] | None = None) -> None:
+        """Report and save where it is time to. `losses`: None of a step that was left out."""
+        self.step += 1
+        self.clock.step_done()
+        self.loader.close_epochs()
+        self.metrics.step_done()
+        if losses and (self.step % self.config.train.log_every_steps == 0 or self.step in (1, self.steps)):
+            self.metrics.log(self.step, self.measure(losses))
+        if self.step % self.config.checkpoint.every_steps == 0 or self.step == self.steps:
+            self.save()
+        elif self.saver.has_arrived():
+            self.life.watch.enter("save", self.step)
+            self.saver.finish()
+            self.clock.leave_out()
+
+    def save(self) -> None:
+        self.life.watch.enter("save", self.step)
+        self.saver.finish()  # of the one before
+        self.life.begin_save()
+        beside = (self.momentum.state() if self.momentum else {}) | (self.ema.state() if self.ema else {})
+        self.saver.save(self.step, self.state(), beside)
+        self.saved_step = self.step
+        self.clock.leave_out()
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint's state.json says, beside its list of files."""
+        spikes, left_out = self.life.spikes, self.life.left_out
+        return {
+            "format": 3,
+            "step": self.step,
+            "loader": self.loader.state(),
+            "spikes": spikes.state() if spikes else {},
+            "left_out": left_out.entries,
+            **run_identity(self.config, self.world),
+            "config": self.config.model_dump(),
+            "versions": versions() if self.world.is_main else {},  # whose state is kept
+        }
+
+    def restore(self, found: checkpoint.Found) -> None:
+        """Put all that a checkpoint holds where it was when that was taken."""
+        life, identity = self.life, run_identity(self.config, self.world)
+        beside = checkpoint.restore(self.engine, found.folder, found.state, identity)
+        self.loader.restore(found.state["loader"])
+        life.left_out.recall(found.state["left_out"], write=self.world.is_main)
+        if life.spikes:
+            life.spikes.restore(found.state["spikes"])
+        self.step = self.saved_step = found.state["step"]
+        self.begin_averages(beside)
+
+    def begin_averages(self, beside: dict[str, torch.Tensor]) -> None:
+        """The momentum towers and the average of the weights, from what was saved `beside` the engine, if there is any."""
+        config, settings = self.config, self.config.losses.momentum
+        sides = (config.model, self.tokenizer, self.engine, self.world, beside)
+        self.momentum = Momentum(settings, *sides) if settings else None
+        self.ema = Ema(config.ema, self.engine, self.world, beside) if config.ema else None
+
+    def measure(self, losses: dict[str, torch.Tensor]) -> dict[str, float]:
+        """Losses (means over the ranks), the optimiser's state, samples replaced so far, memory, rates: by metric name."""
+        means = self.world.mean(torch.stack([loss.reshape(()) for loss in losses.values()])).tolist()
+        values = {f"loss/{name}": mean for name, mean in zip(losses, means, strict=True)}
+        values["optimizer/lr"] = self.engine.optimizer.param_groups[0]["lr"]
+        values["optimizer/bad_steps"] = self.bad_steps.total
+        values["optimizer/skipped_steps"] = self.engine.skipped_steps
+        norm = self.engine.get_global_grad_norm()
+        if norm is not None:  # DeepSpeed does not tell it at ZeRO 0 in fp32
+            values["optimizer/gradient_norm"] = float(norm)
+        values |= self.loader.measure()
+        values["memory/peak_gib"] = peak_memory_gib(self.world.device)
+        values |= self.clock.rates(self.config.train.batch_size)
+        values |= self.stragglers.report(self.step, values)
+        if self.model_flops is not None:
+            values |= utilisation(self.model_flops, values["rate/samples_per_s"], self.peak_tflops, self.world)
+        return values
+
+    def describe(self) -> str:
+        known = self.loader.supply.epoch_samples
+        samples = "a stream" if known is None else f"{known:,} samples"
+        parameters = sum(getattr(part, "ds_numel", part.numel()) for part in self.engine.module.parameters())
+        size = f"{parameters / 1e6:.1f} M parameters in {self.config.engine.precision}"
+        return f"{self.config.run}: {size}, {samples}, step {self.step} of {self.steps}"
 
 
 def count_model_flops(model: ImageTextModel, losses: LossesConfig, world: World) -> float | None:
@@ -347,28 +412,6 @@ def check_micro_batches(model: torch.nn.Module, size: int | None, rows: int) -> 
         )
 
 
-def measure(
-    engine: Any, losses: dict[str, torch.Tensor], loader: Loader, bad_steps: BadSteps, world: World
-) -> dict[str, float]:
-    """Losses (means over the ranks), the optimiser's state, samples replaced so far, memory: by metric name. Collective."""
-    means = world.mean(torch.stack([loss.reshape(()) for loss in losses.values()])).tolist()
-    values = {f"loss/{name}": mean for name, mean in zip(losses, means, strict=True)}
-    values["optimizer/lr"] = engine.optimizer.param_groups[0]["lr"]
-    values["optimizer/bad_steps"] = bad_steps.total
-    values["optimizer/skipped_steps"] = engine.skipped_steps
-    norm = engine.get_global_grad_norm()
-    if norm is not None:  # DeepSpeed does not tell it at ZeRO 0 in fp32
-        values["optimizer/gradient_norm"] = float(norm)
-    values |= loader.measure()
-    values["memory/peak_gib"] = peak_memory_gib(world.device)
-    return values
-
-
-def size_of(engine: Any) -> str:
-    parameters = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in engine.module.parameters())
-    return f"{parameters / 1e6:.1f} M parameters"
-
-
 def find_checkpoint(config: RunConfig, world: World) -> checkpoint.Found | None:
     """The checkpoint to go on from, the same on every rank. Raises UserError if this config does not fit it. Collective."""
     found = checkpoint.find_newest(config.run, world, config.checkpoint.target)
@@ -391,21 +434,6 @@ def settle(config: RunConfig, found: checkpoint.Found | None, world: World) -> R
     return config.model_copy(update={"engine": settle_precision(config.engine, saved, world)})
 
 
-def restore(
-    engine: Any, loader: Loader, life: Life, found: checkpoint.Found, identity: dict[str, Any]
-) -> tuple[int, dict[str, torch.Tensor]]:
-    """Put engine, loader and the measure of spikes where the checkpoint was taken. Collective.
-
-    Returns the steps done, and what was saved beside.
-    """
-    extra = checkpoint.restore(engine, found.folder, found.state, identity)
-    loader.restore(found.state["loader"])
-    life.left_out.recall(found.state["left_out"], write=life.world.is_main)
-    if life.spikes:
-        life.spikes.restore(found.state["spikes"])
-    return found.state["step"], extra
-
-
 def run_identity(config: RunConfig, world: World) -> dict[str, Any]:
     """What a checkpoint depends on: the model and the precision must not change until its continuation, the rest may."""
     return {
@@ -418,20 +446,6 @@ def run_identity(config: RunConfig, world: World) -> dict[str, Any]:
 def describe_model(model: ModelConfig) -> dict[str, Any]:
     """The keys that a checkpoint of the model depends on."""
     return model.model_dump(exclude={"warm_start", "checkpoint_activations", "compile"})
-
-
-def run_state(config: RunConfig, loader: Loader, life: Life, step: int, world: World) -> dict[str, Any]:
-    """What a checkpoint's state.json says, beside its list of files. Collective."""
-    return {
-        "format": 3,
-        "step": step,
-        "loader": loader.state(),
-        "spikes": life.spikes.state() if life.spikes else {},
-        "left_out": life.left_out.entries,
-        **run_identity(config, world),
-        "config": config.model_dump(),
-        "versions": versions() if world.is_main else {},  # whose state is kept
-    }
 
 
 def load_run_config(run: str | Path) -> RunConfig:

@@ -110,14 +110,14 @@ class StopInRollback(Inject):
         super().__call__(run)
         from pretrain import train
 
-        restore = train.restore
+        restore = train.Trainer.restore
 
-        def restore_and_ask(engine, loader, life, *others):
-            life.stop.requested = life.world.is_main
+        def restore_and_ask(trainer, found):
+            trainer.life.stop.requested = trainer.world.is_main
             stall(1, 0)
-            return restore(engine, loader, life, *others)
+            restore(trainer, found)
 
-        train.restore = restore_and_ask
+        train.Trainer.restore = restore_and_ask
 
 
 @pytest.mark.faults

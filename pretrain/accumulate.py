@@ -58,36 +58,18 @@ def compute_gradients(
         run_backward(engine, infect(losses["total"], losses["total"], output))
         return losses, output
 
-    starts = range(0, rows, micro_batch_size)
-    keeps_texts = bool(config.matching) and world.size == 1
-    parts = []
-    with torch.no_grad():
-        for start in starts:
-            parts.append(engine(batch.rows(start, start + micro_batch_size), heads=False))
-            if not keeps_texts:
-                parts[-1].text_tokens = None
-    tokens = torch.cat([part.text_tokens for part in parts]).requires_grad_() if keeps_texts else None
-    bias = parts[0].logit_bias
-    whole = ModelOutput(
-        image_embed=torch.cat([part.image_embed for part in parts]).requires_grad_(),
-        text_embed=torch.cat([part.text_embed for part in parts]).requires_grad_(),
-        logit_scale=parts[0].logit_scale.detach().requires_grad_(),
-        logit_bias=None if bias is None else bias.detach().requires_grad_(),  # without detach: the parameter itself
-        identity=batch.identity,
-        momentum=averaged,
-    )
-    if teacher:
-        taught = [teacher(batch.rows(start, start + micro_batch_size)) for start in starts]
-        image, text = (torch.cat([part[side] for part in taught]) for side in range(2))
-        whole.teacher = TeacherOutput(image, text, taught[0].logit_scale)
+    size, keeps_texts = micro_batch_size, bool(config.matching) and world.size == 1
+    whole, tokens = embed(engine, batch, size, keeps_texts)
+    whole.momentum = averaged
+    whole.teacher = teach(teacher, batch, size) if teacher else None
     losses = compute_losses(config, whole, world, step, EMBEDDING_LOSSES)
     if losses["total"].requires_grad:
         losses["total"].backward()
     plan = engine.module.plan(batch, whole) if config.matching else None
     token_weights = engine.module.weigh_tokens(batch)
     with one_reduction(engine):
-        for start in starts:
-            stop = start + micro_batch_size
+        for start in range(0, rows, size):
+            stop = start + size
             pairs = plan.pairs(start, stop) if plan else None
             texts = None
             if keeps_texts:
@@ -98,16 +80,37 @@ def compute_gradients(
                 losses[name] = losses.get(name, 0) + value.detach()
             carried = carry_back(whole, output, start, stop)
             run_backward(engine, infect(pair_losses["total"] + carried, losses["total"], output))
-        for start in starts if keeps_texts else ():
-            stop = start + micro_batch_size
-            text = engine(batch.rows(start, stop), text_only=True)
-            gradient = tokens.grad[start:stop].to(text.pooled.dtype) / loss_scale(engine)
-            carried = (text.tokens.to(gradient.dtype) * gradient).sum()
-            if whole.text_embed.grad is not None:
-                carried = carried + (text.pooled * whole.text_embed.grad[start:stop]).sum()
-            if carried.requires_grad:  # not where the tower is frozen
-                run_backward(engine, carried)
+        if keeps_texts:
+            carry_texts_back(engine, batch, size, whole, tokens)
     return losses, whole
+
+
+def embed(engine: Any, batch: Batch, size: int, keeps_texts: bool) -> tuple[ModelOutput, Tensor | None]:
+    """The first pass: the embeddings of the whole batch, and the texts' tokens [B,L,D] if they are kept, as leaves whose
+    gradients are to be found."""
+    parts = []
+    with torch.no_grad():
+        for start in range(0, len(batch.image), size):
+            parts.append(engine(batch.rows(start, start + size), heads=False))
+            if not keeps_texts:
+                parts[-1].text_tokens = None
+    tokens = torch.cat([part.text_tokens for part in parts]).requires_grad_() if keeps_texts else None
+    bias = parts[0].logit_bias
+    whole = ModelOutput(
+        image_embed=torch.cat([part.image_embed for part in parts]).requires_grad_(),
+        text_embed=torch.cat([part.text_embed for part in parts]).requires_grad_(),
+        logit_scale=parts[0].logit_scale.detach().requires_grad_(),
+        logit_bias=None if bias is None else bias.detach().requires_grad_(),  # without detach: the parameter itself
+        identity=batch.identity,
+    )
+    return whole, tokens
+
+
+def teach(teacher: Callable[[Batch], TeacherOutput], batch: Batch, size: int) -> TeacherOutput:
+    """The teacher's embeddings of the whole batch, of so many pairs at once."""
+    parts = [teacher(batch.rows(start, start + size)) for start in range(0, len(batch.image), size)]
+    image, text = (torch.cat([part[side] for part in parts]) for side in range(2))
+    return TeacherOutput(image, text, parts[0].logit_scale)
 
 
 def carry_back(whole: ModelOutput, output: ModelOutput, start: int, stop: int) -> Tensor:
@@ -125,6 +128,19 @@ def carry_back(whole: ModelOutput, output: ModelOutput, start: int, stop: int) -
         pairs.append((output.logit_bias, whole.logit_bias.grad, slice(None), share))
     carried = [(value * gradient[rows] * part).sum() for value, gradient, rows, part in pairs if gradient is not None]
     return sum(carried, start=output.logit_scale.new_zeros(()))
+
+
+def carry_texts_back(engine: Any, batch: Batch, size: int, whole: ModelOutput, tokens: Tensor) -> None:
+    """Encode the texts once more, and carry back the gradients of their `tokens` [B,L,D] and embeddings."""
+    for start in range(0, len(batch.image), size):
+        stop = start + size
+        text = engine(batch.rows(start, stop), text_only=True)
+        gradient = tokens.grad[start:stop].to(text.pooled.dtype) / loss_scale(engine)
+        carried = (text.tokens.to(gradient.dtype) * gradient).sum()
+        if whole.text_embed.grad is not None:
+            carried = carried + (text.pooled * whole.text_embed.grad[start:stop]).sum()
+        if carried.requires_grad:  # not where the tower is frozen
+            run_backward(engine, carried)
 
 
 def infect(scalar: Tensor, loss: Tensor, output: ModelOutput) -> Tensor:

@@ -184,7 +184,7 @@ class Folder:
     def size(self, name: str) -> int | None:
         """Bytes of the file, or None where there is no such file."""
         path = self.path / name
-        with contextlib.suppress(FileNotFoundError):  # as above
+        with contextlib.suppress(FileNotFoundError):  # it may go between the two questions, too
             return path.stat().st_size if path.is_file() else None
         return None
 

@@ -1,6 +1,6 @@
 """The gradients of one step, the same however the batch is cut into micro-batches, and what to do with bad ones.
 
-Shape legend: B pairs of this rank, M of a micro-batch, E embedding.
+Shape legend: B pairs of this rank, E embedding, L text tokens of width D.
 """
 
 import logging
@@ -86,8 +86,8 @@ def compute_gradients(
 
 
 def embed(engine: Any, batch: Batch, size: int, keeps_texts: bool) -> tuple[ModelOutput, Tensor | None]:
-    """The first pass: the embeddings of the whole batch, and the texts' tokens [B,L,D] if they are kept, as leaves whose
-    gradients are to be found."""
+    """The first pass, `size` pairs at once: the embeddings of the whole batch, and the texts' tokens [B,L,D] if they are
+    kept, as leaves whose gradients are to be found."""
     parts = []
     with torch.no_grad():
         for start in range(0, len(batch.image), size):
@@ -107,7 +107,7 @@ def embed(engine: Any, batch: Batch, size: int, keeps_texts: bool) -> tuple[Mode
 
 
 def teach(teacher: Callable[[Batch], TeacherOutput], batch: Batch, size: int) -> TeacherOutput:
-    """The teacher's embeddings of the whole batch, of so many pairs at once."""
+    """The teacher's embeddings of the whole batch, `size` pairs at once."""
     parts = [teacher(batch.rows(start, start + size)) for start in range(0, len(batch.image), size)]
     image, text = (torch.cat([part[side] for part in parts]) for side in range(2))
     return TeacherOutput(image, text, parts[0].logit_scale)

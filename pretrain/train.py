@@ -162,7 +162,11 @@ def train(config: RunConfig, world: World) -> int:
 
 
 class Trainer:
-    """One life of a run: from the newest checkpoint, if there is one, to the duration or a stop. All of it is collective."""
+    """One life of a run: from the newest checkpoint, if there is one, to the duration or a stop.
+
+    All methods but `describe` are collective. What a step does first stands first in `run`, and set-up before it: when a run
+    hangs, the watch tells by the lines where its ranks are which of them is behind.
+    """
 
     def __init__(self, config: RunConfig, life: Life, world: World) -> None:
         import_deepspeed()  # before transformers does, which would not keep its linker quiet
@@ -231,7 +235,7 @@ class Trainer:
         return self.life.end(self.step, self.steps)
 
     def await_data(self) -> bool:
-        """Wait for the next batch, and save where somebody asks for that; False: asked to stop, and all is saved."""
+        """Wait for the next batch, and save where somebody asks for that; False: asked to stop, the save of it has begun."""
         while True:
             self.life.watch.enter("data", self.step)
             self.clock.data_wanted()
@@ -246,8 +250,16 @@ class Trainer:
         self.statistics.keep()
         set_learning_rate(self.engine, learning_rate(self.config.engine, self.step, self.steps))
         seed_torch(self.config.seed, self.step, self.world.rank)
-        size, losses = self.micro_batch_size, self.config.losses
-        return compute_gradients(self.engine, batch, losses, self.step, size, self.world, self.teacher, self.momentum)
+        return compute_gradients(
+            self.engine,
+            batch,
+            self.config.losses,
+            self.step,
+            self.micro_batch_size,
+            self.world,
+            self.teacher,
+            self.momentum,
+        )
 
     def update(self, batch: Batch, losses: dict[str, torch.Tensor], output: ModelOutput) -> None:
         """Apply the gradients, unless they are not finite: then the step changes nothing."""
@@ -281,7 +293,7 @@ class Trainer:
         self.clock.leave_out()
 
     def end_step(self, losses: dict[str, torch.Tensor] | None = None) -> None:
-        """Report and save where it is time to. `losses`: None of a step that was left out."""
+        """Count the step, and report and save where it is time to. `losses`: None of a step that was left out."""
         self.step += 1
         self.clock.step_done()
         self.loader.close_epochs()
@@ -331,13 +343,15 @@ class Trainer:
 
     def begin_averages(self, beside: dict[str, torch.Tensor]) -> None:
         """The momentum towers and the average of the weights, from what was saved `beside` the engine, if there is any."""
-        config, settings = self.config, self.config.losses.momentum
-        sides = (config.model, self.tokenizer, self.engine, self.world, beside)
-        self.momentum = Momentum(settings, *sides) if settings else None
-        self.ema = Ema(config.ema, self.engine, self.world, beside) if config.ema else None
+        config, engine, world, self.momentum, self.ema = self.config, self.engine, self.world, None, None
+        if config.losses.momentum:
+            self.momentum = Momentum(config.losses.momentum, config.model, self.tokenizer, engine, world, beside)
+        if config.ema:
+            self.ema = Ema(config.ema, engine, world, beside)
 
     def measure(self, losses: dict[str, torch.Tensor]) -> dict[str, float]:
-        """Losses (means over the ranks), the optimiser's state, samples replaced so far, memory, rates: by metric name."""
+        """Losses (means over the ranks), the optimiser's state, samples replaced so far, memory, rates, the slowest rank: by
+        metric name."""
         means = self.world.mean(torch.stack([loss.reshape(()) for loss in losses.values()])).tolist()
         values = {f"loss/{name}": mean for name, mean in zip(losses, means, strict=True)}
         values["optimizer/lr"] = self.engine.optimizer.param_groups[0]["lr"]
@@ -357,8 +371,9 @@ class Trainer:
     def describe(self) -> str:
         known = self.loader.supply.epoch_samples
         samples = "a stream" if known is None else f"{known:,} samples"
-        parameters = sum(getattr(part, "ds_numel", part.numel()) for part in self.engine.module.parameters())
-        size = f"{parameters / 1e6:.1f} M parameters in {self.config.engine.precision}"
+        parameters = self.engine.module.parameters()
+        count = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)
+        size = f"{count / 1e6:.1f} M parameters in {self.config.engine.precision}"
         return f"{self.config.run}: {size}, {samples}, step {self.step} of {self.steps}"
 
 

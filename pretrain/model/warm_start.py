@@ -38,7 +38,6 @@ log = logging.getLogger(__name__)
 
 OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 OPEN_CLIP_CONFIG = "open_clip_config.json"
-PIXEL_FILES = ("preprocessor_config.json", "processor_config.json")  # of transformers
 NATIVE_FILE, NATIVE_CONFIG = "model.safetensors", "config.json"
 READ_ERRORS = (OSError, SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError)  # of files missing or broken
 # Where a side is from in what no shape shows: its layers, not a projection alone.
@@ -119,9 +118,9 @@ class HuggingfaceSource(Source):
         settings = {}
         try:
             told, _ = transformers.ImageProcessingMixin.get_image_processor_dict(self.name)
-        except OSError:
-            if any(transformers.utils.has_file(self.name, name) for name in PIXEL_FILES):
-                raise  # it is broken
+        except OSError as error:
+            if isinstance(error.__context__, ValueError):
+                raise  # there is such a file, but it is no JSON
             told = {}
         if told.get("do_normalize", True):
             settings = describe_pixels(told.get("image_mean"), told.get("image_std"))

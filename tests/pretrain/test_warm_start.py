@@ -428,6 +428,13 @@ def test_settings_that_are_none_are_said_in_one_line(
         start(build(IMAGE, TEXT), source)
 
 
+def test_a_processor_that_says_nothing_of_pixels_is_no_error(clip: tuple[nn.Module, Path], tmp_path: Path) -> None:
+    source = write_source("huggingface", tmp_path / "folder", clip[1])
+    (tmp_path / "folder" / "preprocessor_config.json").unlink()
+    (tmp_path / "folder" / "processor_config.json").write_text('{"processor_class": "CLIPProcessor"}')
+    start(build(IMAGE | QUICK, TEXT | QUICK), source)
+
+
 def test_what_open_clip_says_of_its_models() -> None:
     import open_clip
 

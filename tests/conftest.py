@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
-sys.path[:0] = [str(TESTS), str(TESTS / "pretrain")]  # paths.py, ranks.py, parity.py
+sys.path[:0] = [str(TESTS), str(TESTS / "pretrain")]  # paths.py, processes.py, ranks.py, parity.py
 
 from paths import ROOT  # noqa: E402
 from ranks import Command  # noqa: E402

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pyarrow.parquet
 import pytest
+from processes import is_running, list_children
 
 from data_tools import plan as plans
 from data_tools.__main__ import main
@@ -91,17 +92,6 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
         time.sleep(0.002)
 
 
-def list_children(process: subprocess.Popen) -> list[int]:
-    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for orphans in /proc")
 def test_a_killed_build_ends_with_the_same_bytes(tmp_path, write_table, read_folder, start_data_tools, run_data_tools):
     table, images = write_table(120, size=400)
@@ -109,7 +99,7 @@ def test_a_killed_build_ends_with_the_same_bytes(tmp_path, write_table, read_fol
     out = tmp_path / "out"
     process = start_data_tools("build", table, out, *options)
     wait_for(out / "00002_stats.json", process)
-    children = list_children(process)
+    children = list_children(process.pid)
     process.kill()
     process.wait()
     assert len(children) >= 2

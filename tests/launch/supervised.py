@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from paths import ROOT
+from processes import list_children
 
 from launch.events import read_launch_events
 from launch.job import JobConfig, resolve_job
@@ -124,9 +125,7 @@ class LocalRun(Run):
 
     def ranks_of(self, name: str) -> list[int]:
         """Process numbers of what the supervisor of a node has started."""
-        pid = self.supervisors[name].pid
-        found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        return [int(number) for number in found]
+        return list_children(self.supervisors[name].pid)
 
     def signal_node(self, name: str, number: int) -> None:
         for pid in [self.supervisors[name].pid, *self.ranks_of(name)]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from cluster import LAB, PROBE, ROOT, Cluster
+from processes import list_working_in
 
 from launch.__main__ import main
 from launch.events import read_launch_events
@@ -77,19 +78,7 @@ def test_cancel_now_leaves_nothing_running(tmp_path):
     assert main(["submit", str(write_job(tmp_path, "train"))]) == 0
     wait_for(lambda: "ready" in "".join(path.read_text() for path in (tmp_path / "run/launch/logs").glob("rank-*")))
     assert main(["cancel", str(tmp_path / "run"), "--now"]) == 0
-    wait_for(lambda: not running(tmp_path))
-
-
-def running(folder: Path) -> list[str]:
-    """Processes whose working directory is this folder."""
-    found = []
-    for place in Path("/proc").glob("[0-9]*/cwd"):
-        try:
-            if os.readlink(place) == str(folder):
-                found.append(place.parent.name)
-        except OSError:
-            continue
-    return found
+    wait_for(lambda: not list_working_in(tmp_path))
 
 
 def test_a_process_is_known_by_its_number_and_start(tmp_path):
@@ -121,7 +110,7 @@ def test_a_job_that_does_not_start_everywhere_starts_nowhere(tmp_path, monkeypat
     (tmp_path / "start.sh").write_text("sleep 60\n")
     with pytest.raises(Exception, match="the job is not started: me@node2: no route"):
         start(job, tmp_path / "start.sh", "ssh-1")
-    wait_for(lambda: not [pid for pid in running(Path.cwd()) if "start.sh" in Path(f"/proc/{pid}/cmdline").read_text()])
+    wait_for(lambda: not list_working_in(Path.cwd(), "start.sh"))
     with pytest.raises(Exception, match="not started"):
         job.launch.mkdir(parents=True, exist_ok=True)
         send(job)

@@ -8,6 +8,7 @@ import time
 
 import pytest
 from paths import ROOT
+from processes import is_running
 
 from launch.agent import expand_nodes
 from launch.events import append_event, read_launch_events
@@ -229,7 +230,7 @@ def test_what_a_rank_has_started_ends_with_it(tmp_path):
     ranks = start_one(tmp_path, code)
     wait_for_end(ranks)
     pid = int(log_tail(tmp_path, 0, 3))
-    wait_until(lambda: not os.path.exists(f"/proc/{pid}") or "Z" in open(f"/proc/{pid}/stat").read().split()[2])
+    wait_until(lambda: not is_running(pid))
 
 
 def test_ranks_die_with_their_supervisor(tmp_path):
@@ -245,7 +246,7 @@ def test_ranks_die_with_their_supervisor(tmp_path):
     pid = int(supervisor.stdout.readline())
     os.kill(supervisor.pid, signal.SIGKILL)
     supervisor.wait()
-    wait_until(lambda: not os.path.exists(f"/proc/{pid}") or open(f"/proc/{pid}/stat").read().split()[2] == "Z")
+    wait_until(lambda: not is_running(pid))
 
 
 def test_a_command_that_is_not_there_is_told_as_a_shell_does(tmp_path):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from paths import ROOT, TINY
+from processes import list_children
 from ranks import Command
 from safetensors.torch import load_file
 
@@ -116,7 +117,7 @@ def test_a_killed_run_resumes_bit_for_bit(
     run = tmp_path / "killed"
     process = start_pretrain(*arguments(shards, run), "--ranks", "2")
     wait_for_step(run, 5)  # the checkpoint of step 3 is there
-    ranks = [int(child) for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    ranks = list_children(process.pid)
     os.kill(ranks[1], signal.SIGKILL)
     process.communicate(timeout=200)
     assert process.returncode not in (0, 85)

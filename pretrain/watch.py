@@ -28,6 +28,7 @@ from pretrain.signals import EXIT_INTERRUPTED, EXIT_RESTART
 from pretrain.world import World
 
 POLL_S = 0.25
+HELD_UP_S = 5.0  # a watch that comes so much too late was itself held up
 PROGRESS_S = 1.0
 ANSWER_S = 4.0  # for the other ranks to write their stacks
 UNWIND_S = 1.0  # for a process that is to end at once to do so by itself, which it cannot within a collective
@@ -129,8 +130,12 @@ class Watch:
 
     def watch(self) -> None:
         written_s = looked_s = float("-inf")
+        polled_s = time.monotonic()
         while not self.closed.wait(POLL_S):
             now_s = time.monotonic()
+            if now_s - polled_s > HELD_UP_S:  # as all threads are in a suspended job: for that time nobody is to blame
+                self.since_s += now_s - polled_s
+            polled_s = now_s
             if self.insisted():
                 self.insisted_s = min(self.insisted_s, now_s)
             if now_s - self.insisted_s > UNWIND_S:

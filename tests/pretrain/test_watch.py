@@ -172,6 +172,29 @@ def test_limits_follow_the_median_step(tmp_path: Path, monkeypatch: pytest.Monke
     assert watch.limit_s() == 40 and max(watch.step_s) == 50
 
 
+@pytest.mark.parametrize(("gap_s", "ends"), [(3000.0, 0), (4.0, 1)])
+def test_time_in_which_the_process_was_stopped_does_not_count(
+    gap_s: float, ends: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a suspended job; a watch that is only late counts."""
+    now_s, gaps, ended = 100.0, [gap_s, 0.25, 0.25], []
+
+    class Closed:
+        def wait(self, timeout_s: float) -> bool:
+            nonlocal now_s
+            now_s += gaps.pop(0) if gaps else 0
+            return not gaps
+
+    monkeypatch.setattr(time, "monotonic", lambda: now_s)
+    watch = Watch(tmp_path, WatchConfig(start_s=4), World(), RunLock(tmp_path / LOCK, ""))
+    watch.closed = Closed()
+    monkeypatch.setattr(watch, "end", lambda: ended.append(now_s))
+    monkeypatch.setattr(watch, "leave_if_taken", lambda: None)
+    monkeypatch.setattr(watch, "write_progress", lambda: None)
+    watch.watch()
+    assert len(ended) == ends
+
+
 def test_collectives_wait_longer_than_the_watch() -> None:
     """Else they would fail before it could name the cause, in a start or a save that takes a while."""
     config = WatchConfig()

@@ -172,13 +172,14 @@ class Folder:
 
     def sizes(self, endings: tuple[str, ...] = ("",)) -> dict[str, int]:
         """Bytes of every file inside whose name has one of these endings, by name. Only those are asked for their size."""
+        if not self.path.is_dir():
+            return {}
         sizes = {}
-        if self.path.is_dir():
-            with os.scandir(self.path) as entries:
-                for entry in entries:
-                    if entry.name.endswith(endings) and entry.is_file():
-                        with contextlib.suppress(FileNotFoundError):  # a writer beside us has renamed or removed it
-                            sizes[entry.name] = entry.stat().st_size
+        with os.scandir(self.path) as entries:
+            for entry in entries:
+                if entry.name.endswith(endings) and entry.is_file():
+                    with contextlib.suppress(FileNotFoundError):  # a writer beside us has renamed or removed it
+                        sizes[entry.name] = entry.stat().st_size
         return sizes
 
     def size(self, name: str) -> int | None:

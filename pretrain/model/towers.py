@@ -452,16 +452,31 @@ class TokenTap:
         if layer is not None and layer > len(blocks):
             raise ConfigError(f"model.fusion.from_layer: is {layer}, but the text tower has {len(blocks)} layers")
         self.taken: Tensor | None = None
+        self.around: list[nn.Module] = []  # the modules that the tokens leave, the outermost first
         if layer is not None and layer < len(blocks):
+            self.around = [
+                module
+                for module in tower.modules()
+                if blocks[layer] in module.modules() and module is not blocks[layer]
+            ]
             blocks[layer].register_forward_pre_hook(self.take, with_kwargs=True)
 
     def take(self, block: nn.Module, arguments: tuple, named: dict) -> None:
         self.taken = arguments[0] if arguments else named["hidden_states"]
+        for module in reversed(self.around):
+            self.taken = as_output_of(module, self.taken)
 
     def tokens(self, output: Tensor) -> Tensor:
         """What was taken in this forward; `output` where nothing is."""
         taken, self.taken = self.taken, None
         return output if taken is None else taken
+
+
+def as_output_of(module: nn.Module, tensor: Tensor) -> Tensor:
+    """`tensor`, which leaves `module` other than by being returned. ZeRO-3 gathers a module's weights for the backward pass
+    when what it returned gets a gradient, and has to be told of this way out; without ZeRO-3 it is the tensor itself."""
+    function = vars(module).get("pre_bwd_fn")  # DeepSpeed's own, of this module
+    return function.apply(tensor) if function else tensor
 
 
 class ClipText(nn.Module):

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+import pretrain.engine as engine_module
 from data_tools.errors import UserError
 from pretrain.accumulate import BadSteps, compute_gradients
 from pretrain.config import check_config
@@ -92,6 +93,9 @@ FUSIONS = {
     "shared": {**DROPPING, "kind": "shared"},
     "weighted": {**DROPPING, "kind": "weighted"},
     "med": {"kind": "med", "dropout": 0.2},
+    "of_embeddings": {**CROSS, "from_layer": 0},
+    "from_layer": {**CROSS, "from_layer": 1},
+    "own_med": {"kind": "med", "layers": 1, "from_layer": 1},
 }
 
 
@@ -373,6 +377,19 @@ def allow_fp16() -> None:
     type(accelerator).is_fp16_supported = lambda self: True
 
 
+def shard_everything() -> None:
+    """ZeRO-3 keeps weights of less than 100,000 numbers whole on every rank, which is all that these models have."""
+    configure = engine_module.deepspeed_config
+
+    def configured(*arguments) -> dict:
+        settings = configure(*arguments)
+        if settings["zero_optimization"]["stage"] == 3:
+            settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        return settings
+
+    engine_module.deepspeed_config = configured
+
+
 class Run(NamedTuple):
     """How DeepSpeed trains."""
 
@@ -385,6 +402,7 @@ class Run(NamedTuple):
 def train_losses(world: World, runs: list[Run], steps: int, case: Case) -> list[tuple[list[float], list[str]]]:
     """Steps of DeepSpeed for each run: total losses (means over ranks), and what was said of the steps that were skipped:
     in one, the first image of each of rank 1's micro-batches becomes NaN."""
+    shard_everything()
     config, results = model_config(case), []
     teacher = build_teacher(config, torch.float32) if case.losses.distill else None
     for run in runs:

@@ -88,3 +88,27 @@ def test_one_process_trains_alike_at_any_stage_in_micro_batches_and_in_fp16() ->
     exact = found[Run(0, 1, "fp32")]
     for run, losses in found.items():
         np.testing.assert_allclose(losses, exact, rtol=1e-5 if run.precision == "fp32" else 2e-3, err_msg=str(run))
+
+
+PAIRS_ONLY = parity.LOSSES.model_copy(update={"contrastive": None})
+CAPTIONS_ONLY = PAIRS_ONLY.model_copy(update={"matching": None, "captioning": parity.CaptioningConfig()})
+CAPTIONS_TOO = parity.LOSSES.model_copy(update={"captioning": parity.CaptioningConfig()})
+LEAVING = [  # text tower, fusion, losses: tokens leave the tower in its middle, and what is behind has no backward pass
+    ("clip", "of_embeddings", PAIRS_ONLY),
+    ("clip", "from_layer", parity.LOSSES),
+    ("bert", "from_layer", CAPTIONS_TOO),
+    ("bert", "med", CAPTIONS_ONLY),
+    ("bert", "own_med", CAPTIONS_TOO),
+]
+
+
+def train_leaving(world: World) -> list[list[list[float]]]:
+    runs = [Run(0, 1), Run(3, 1), Run(3, 4)]
+    cases = [parity.Case("vit", text, fusion, losses) for text, fusion, losses in LEAVING]
+    return [[losses for losses, _ in parity.train_losses(world, runs, 2, case)] for case in cases]
+
+
+def test_zero_3_trains_layers_whose_tokens_leave_the_tower_before_its_end() -> None:
+    for (text, fusion, _), (exact, *others) in zip(LEAVING, run_on_ranks(train_leaving, 1)[0], strict=True):
+        for losses in others:
+            np.testing.assert_allclose(losses, exact, rtol=1e-5, err_msg=f"{text}, {fusion}")

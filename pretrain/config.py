@@ -114,10 +114,13 @@ def set_dotted(values: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override '{override}': write key=value, e.g. train.batch_size=512")
     section = values
     *parents, key = name.split(".")
-    for parent in parents:
+    for depth, parent in enumerate(parents, start=1):
         if section.get(parent) is None:
             section[parent] = {}
         section = section[parent]
+        if isinstance(section, list):
+            whole = ".".join(parents[:depth])
+            raise ConfigError(f"override '{override}': '{parent}' is a list; give it whole, {whole}=[...]")
         if not isinstance(section, dict):
             raise ConfigError(f"override '{override}': '{parent}' is a single value and has no keys below it")
     section[key] = parse_yaml(text, f"override '{override}'")
@@ -125,36 +128,43 @@ def set_dotted(values: dict[str, Any], override: str) -> None:
 
 def explain(error: dict[str, Any], model: type[ConfigModel]) -> str:
     """One of pydantic's errors as one line: dotted key, what was found, what is valid."""
-    names, section = locate(error["loc"], model)
+    names, section, choices = locate(error["loc"], model)
     key = ".".join(names)
     if error["type"] == "extra_forbidden":
         valid = list(section.model_fields)
         return f"{key}: unknown key.{suggest(names[-1], valid)} Valid: {', '.join(valid)}"
     if error["type"] == "missing":
-        return f"{key}: is missing. It has no default; set it in the file or as {key}=..."
+        in_list = any(isinstance(part, int) for part in error["loc"])  # which an override only gives as a whole
+        return f"{key}: is missing. It has no default; set it in the file" + ("" if in_list else f" or as {key}=...")
     if error["type"] in ("union_tag_invalid", "union_tag_not_found"):
-        found = f"unknown kind '{error['ctx']['tag']}'" if "tag" in error["ctx"] else "is missing"
-        choices = config_models(section.model_fields[names[-1]].annotation)
         kinds = [kind for choice in choices for kind in get_args(choice.model_fields["kind"].annotation)]
-        return f"{key}.kind: {found}. Valid: {', '.join(kinds)}"
+        tag = error["ctx"].get("tag")
+        found = "is missing." if tag is None else f"unknown kind '{tag}'.{suggest(tag, kinds)}"
+        return f"{key}.kind: {found} Valid: {', '.join(kinds)}"
+    if error["type"] in ("model_type", "model_attributes_type"):
+        return f"{key}: should be a mapping of keys to values; found {error['input']!r}"
     message = error["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
     where = f"{key}: " if key else ""  # none: about several sections, which the message names
     return f"{where}{message}" + ("" if error["type"] == "value_error" else f"; found {error['input']!r}")
 
 
-def locate(place: tuple[int | str, ...], model: type[ConfigModel]) -> tuple[list[str], type[ConfigModel]]:
-    """Follow pydantic's error location through `model`: the dotted names, and the section that holds the last one."""
-    names, section, annotation = [], model, model
+def locate(
+    place: tuple[int | str, ...], model: type[ConfigModel]
+) -> tuple[list[str], type[ConfigModel], list[type[ConfigModel]]]:
+    """Follow pydantic's error location through `model`: the dotted names, the section that holds the last one, and the
+    config models that the last one can be."""
+    names, section, models = [], model, [model]
     for part in place:
-        models = config_models(annotation)
-        if len(models) > 1:  # pydantic puts the chosen kind into the path; users do not write it there
-            annotation = section = next(m for m in models if part in get_args(m.model_fields["kind"].annotation))
+        if isinstance(part, str) and len(models) > 1:
+            # pydantic puts the chosen kind into the path; users do not write it there
+            models = [next(m for m in models if part in get_args(m.model_fields["kind"].annotation))]
+            section = models[0]
             continue
         names.append(str(part))
-        if isinstance(part, str) and models:
+        if isinstance(part, str) and models:  # a number is a place in a list of these models
             section = models[0]
-            annotation = section.model_fields[part].annotation if part in section.model_fields else None
-    return names, section
+            models = config_models(section.model_fields[part].annotation) if part in section.model_fields else []
+    return names, section, models
 
 
 def config_models(annotation: Any) -> list[type[ConfigModel]]:

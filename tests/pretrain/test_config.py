@@ -48,11 +48,27 @@ def refusal(*overrides: str) -> str:
         ("data.path.sub=1", ["'path' is a single value"]),
         ("data.path", ["write key=value"]),
         ("train={", ["not valid YAML"]),
+        ("model.image=vit", ["model.image: should be a mapping of keys to values; found 'vit'"]),
+        ("model.warm_start=[{kind: open_clip, name: x, prts: [x]}]", ["model.warm_start.0.prts: unknown key. Did you mean 'parts'?"]),
+        ("model.warm_start=[{kind: opencip, name: x}]", ["model.warm_start.0.kind: unknown kind 'opencip'. Did you mean 'open_clip'?"]),
+        ("model.warm_start=[{kind: native, path: x}, {name: x}]", ["model.warm_start.1.kind: is missing. Valid: open_clip"]),
+        ("model.warm_start=[open_clip]", ["model.warm_start.0: should be a mapping of keys to values; found 'open_clip'"]),
+        ("model.warm_start=[{kind: open_clip}]", ["model.warm_start.0.name: is missing.", "set it in the file"]),
+        ("model.warm_start=[{kind: timm, name: x, parts: image_tower}]", ["model.warm_start.0.parts: ", "list; found 'image_tower'"]),
+        ("model.warm_start=[{kind: timm, name: x, parts: [3]}]", ["model.warm_start.0.parts.0: ", "string; found 3"]),
+        ("data.stages=[{mpa: x}]", ["data.stages.0.mpa: unknown key. Did you mean 'map'?"]),
+        ("data.datasets=[{path: x, wieght: 1}]", ["data.datasets.0.wieght: unknown key. Did you mean 'weight'?"]),
     ],
-)
+)  # fmt: skip
 def test_mistakes_are_named_in_one_line(override: str, parts: list[str]) -> None:
     message = refusal(override)
     assert all(part in message for part in parts), message
+
+
+def test_a_key_below_a_list_is_no_override(tmp_path: Path) -> None:
+    (tmp_path / "list.yaml").write_text("run: x\nmodel: {warm_start: [{kind: timm, name: x}]}\n")
+    with pytest.raises(ConfigError, match=r"'warm_start' is a list; give it whole, model.warm_start=\[...\]$"):
+        load_config(tmp_path / "list.yaml", ["model.warm_start.0.name=y"], RunConfig)
 
 
 def test_numbers_with_exponents_are_numbers(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from pretrain.model.fusion import FUSIONS
 from pretrain.model.language import TokenHead, TokenWeights, embedding_matrix, mask_tokens, predict
 from pretrain.model.negatives import MatchPairs, MatchPlan, plan_matches
 from pretrain.model.noise import Noise, derive_keys, pair_keys, replace_dropouts, row_keys
-from pretrain.model.towers import IMAGE_TOWERS, TEXT_TOWERS, Tower, unit
+from pretrain.model.towers import IMAGE_TOWERS, TEXT_TOWERS, Tower, pool, unit
 from pretrain.model.warm_start import WARM_STARTS
 from pretrain.world import World
 
@@ -310,8 +310,8 @@ def build_model(config: ModelConfig, tokenizer: Tokenizer, seed: int = 0, world:
 def check_towers(model: ImageTextModel) -> None:
     """Run the towers that are built from other libraries' code by name, on two samples as in training.
 
-    Raises ConfigError, in one line, for a tower that cannot be run, and for one whose result depends on torch's generator:
-    with ranks and micro-batches it would be another.
+    Raises ConfigError, in one line, for a tower that cannot be run, for one whose result depends on torch's generator (with
+    ranks and micro-batches it would be another), and for a text tower whose embedding does not depend on the text.
     """
     size, length = model.config.image.image_size, model.config.text.context_length
     pixels = torch.zeros(2, 3, size, size, dtype=torch.uint8)
@@ -342,6 +342,46 @@ def check_towers(model: ImageTextModel) -> None:
                 f"model.{side}: something in this tower is dropped by torch's generator, not by sample, so ranks and "
                 f"micro-batches would change the result. Set to 0 what drops there{name_dropouts(side, config, tower)}"
             )
+    if model.config.text.kind == "huggingface":
+        check_pooling(model)
+
+
+def is_close(one: Tensor, other: Tensor) -> bool:
+    """Equal but for rounding."""
+    return torch.allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def check_pooling(model: ImageTextModel) -> None:
+    """Raises ConfigError where texts that begin with the same token have the same embedding: where the first token of a
+    causal encoder is pooled, which knows nothing of the rest.
+
+    Tried on two texts that differ between the first token and the last. They share their dropouts.
+    """
+    tower, config, end_id = model.text_tower, model.config.text, model.tokenizer.end_id
+    ids = torch.full((2, config.context_length), min(5, model.tokenizer.vocab_size - 1))
+    ids[1, 1:-1] -= 1
+    if end_id is not None:
+        ids[:, -1] = end_id
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    with model.noise.using(model.sample_keys(torch.tensor([0, 0]))), torch.compiler.set_stance("force_eager"):
+        output = tower.encode(ids, mask)
+    tokens = output.last_hidden_state
+    tower.tap.tokens(tokens)  # which forgets what it took
+    pooled = pool(output, tokens, mask, config.pooling)
+    if not is_close(*pooled) or is_close(*tokens[:, -1]):  # that one too: new weights that let tokens see no others
+        return
+    model_type, has_pooler = tower.inner.config.model_type, getattr(output, "pooler_output", None) is not None
+    if config.pooling == "first":
+        raise ConfigError(
+            f"model.text.pooling: first, but {model_type} reads from left to right, so its first token knows nothing of the "
+            f"text. Set model.text.pooling=mean{' or pooler' if has_pooler else ''}"
+        )
+    raise ConfigError(
+        f"model.text.pooling: the pooler of this {model_type} does not find the end of a text. Set "
+        + (f"model.text.config.eos_token_id={end_id}, the tokenizer's end mark, or " if end_id is not None else "")
+        + "model.text.pooling=mean"
+    )
 
 
 @torch.no_grad()

@@ -232,7 +232,7 @@ class HuggingfaceImageConfig(ImageConfig, HuggingfaceConfig):
 
 
 class HuggingfaceTextConfig(HuggingfaceConfig):
-    """A text encoder of transformers: BERT, RoBERTa, DistilBERT, MPNet, ModernBERT, ..."""
+    """A text encoder of transformers: BERT, RoBERTa, DistilBERT, MPNet, ModernBERT, SigLIP's, BLIP's, ..."""
 
     context_length: Count = 77  # tokens
     pooling: Pooling = "first"
@@ -510,6 +510,7 @@ class EncoderText(nn.Module):
     """What text towers around an encoder of transformers share: `inner`, `pooling`, `projection`, `tap`."""
 
     is_causal = False
+    reads_padding = False  # SigLIP's weights are trained so, without a mask
 
     @property
     def embedding(self) -> nn.Embedding:
@@ -517,9 +518,13 @@ class EncoderText(nn.Module):
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tower:
         """[B,L] token ids, [B,L] bool mask."""
-        output = self.inner(input_ids=ids, attention_mask=mask.long())
+        output = self.encode(ids, mask)
         pooled = self.projection(pool(output, output.last_hidden_state, mask, self.pooling))
         return Tower(self.tap.tokens(output.last_hidden_state), pooled)
+
+    def encode(self, ids: Tensor, mask: Tensor) -> Any:
+        """transformers' output of [B,L] token ids and bool mask."""
+        return self.inner(input_ids=ids, attention_mask=None if self.reads_padding else mask.long())
 
     def causal_tokens(self, ids: Tensor, mask: Tensor) -> Tensor:
         """[B,L] ids and mask -> [B,L,D]: tokens of the same layers, each attending only to itself and what is before it.
@@ -572,14 +577,20 @@ class HuggingfaceText(EncoderText):
                 f"model.text: the model has {settings.vocab_size} ids and the tokenizer {tokenizer.vocab_size}. Set "
                 "model.tokenizer to the model's own: {kind: huggingface, name: ...}"
             )
+        if settings.model_type == "blip_text_model":
+            settings.is_decoder = False  # else it has cross-attention, which nothing here would train
         keep_attention_weights(settings)
         self.inner = build_huggingface(settings, config.pooling, "model.text")
+        self.reads_padding = settings.model_type in SIGLIP_TEXTS
         if tokenizer.padding_id is None:  # so what would be padding is a word or a mark, and has to be trained
             self.embedding.padding_idx = None
         check_length(config, self.inner)
         self.pooling = config.pooling
         self.width = width_of(settings)
-        self.projection = build_projection(self.width, embed_dim, config.projection_bias)
+        # SigLIP's pooler can give another width than its layers have.
+        wide = self.reads_padding and config.pooling == "pooler"
+        pooled_width = settings.projection_size if wide else self.width
+        self.projection = build_projection(pooled_width, embed_dim, config.projection_bias)
         self.tap = TokenTap(self.inner, text_layer)
 
     @property
@@ -668,13 +679,22 @@ def check_length(config: HuggingfaceTextConfig, inner: nn.Module) -> None:
             )
 
 
+SIGLIP_TEXTS = ("siglip_text_model", "siglip2_text_model")
+UNLISTED = {  # sides of two-sided models that AutoModel does not list
+    "blip_vision_model": "BlipVisionModel",
+    "blip_text_model": "BlipTextModel",
+    "siglip_text_model": "SiglipTextModel",
+    "siglip2_text_model": "Siglip2TextModel",
+}
+
+
 def build_huggingface(settings: Any, pooling: Pooling, where: str) -> nn.Module:
     """The module of a transformers config, without a pooler that would not be trained. Raises ConfigError."""
     import transformers
 
     try:
-        if settings.model_type == "blip_vision_model":  # the one vision model that AutoModel does not list
-            model_class = transformers.BlipVisionModel
+        if settings.model_type in UNLISTED:
+            model_class = getattr(transformers, UNLISTED[settings.model_type])
         else:
             model_class = transformers.MODEL_MAPPING[type(settings)]
     except KeyError:

@@ -371,6 +371,39 @@ def test_towers_that_draw_otherwise_or_cannot_run_are_refused(side: str, tower: 
     assert torch.equal(torch.get_rng_state(), state) and all(module.training for module in model.modules())
 
 
+CAUSAL = {
+    "clip_text_model": SIZES,
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
+    "llama": SIZES | {"num_key_value_heads": 2},
+}
+
+
+@pytest.mark.parametrize(("model_type", "changes", "pooling", "message"), [
+    *[(name, {}, "first", "pooling: first, but .* reads from left to right.*pooling=mean$") for name in ("gpt2", "llama")],
+    *[(name, {}, "mean", None) for name in CAUSAL],
+    ("clip_text_model", {}, "first", "pooling=mean or pooler$"),
+    ("clip_text_model", {}, "pooler", r"config.eos_token_id=1000, .* or model.text.pooling=mean$"),
+    ("clip_text_model", {"eos_token_id": 1000}, "pooler", None),
+    ("roberta", {}, "first", None),
+    ("siglip_text_model", {}, "pooler", None),
+])  # fmt: skip
+def test_an_embedding_that_does_not_depend_on_the_text_is_refused(
+    model_type: str, changes: dict, pooling: str, message: str | None
+) -> None:
+    config = {"model_type": model_type, **CAUSAL.get(model_type, SIZES), **changes}
+    text = {"kind": "huggingface", "context_length": 12, "config": config, "pooling": pooling}
+    for fusion in (None, CROSS | {"from_layer": 1}):
+        values = {"embed_dim": EMBED, "image": IMAGES["vit"], "text": text, "fusion": fusion}
+        model = build_model(check_config(values, ModelConfig, "test"), parity.TOKENIZER).train()
+        if message is None:
+            check_towers(model)
+        else:
+            with pytest.raises(ConfigError, match=message) as error:
+                check_towers(model)
+            assert "\n" not in str(error.value)
+        assert model.text_tower.tap.taken is None
+
+
 def test_blocks_are_found_in_every_tower() -> None:
     expected = {"vit": 2, "resnet": 4, "timm vit": 6, "timm resnet": 4, "vit_": 2, "dinov2": 2}
     assert {name: len(find_blocks(build_image_tower(name))) for name in expected} == expected

@@ -174,6 +174,41 @@ def test_one_side_of_a_model_with_two(clip: tuple[nn.Module, Path], tmp_path: Pa
     assert_close(model.image_tower(pixels).pooled, expected)
 
 
+@pytest.mark.parametrize("kind", ["Siglip", "Siglip2", "Blip"])
+@torch.no_grad()
+def test_the_text_side_of_a_model_with_two(kind: str, tmp_path: Path) -> None:
+    """SigLIP's reads padding, as it is trained, and its pooler gives another width; BLIP's takes the mask."""
+    import transformers
+
+    wide = {"projection_size": 20} if kind != "Blip" else {"encoder_hidden_size": 32}
+    classes = {"Blip": "BlipForImageTextRetrieval"}
+    shape = {"vision_config": VISION, "text_config": WORDS | wide, "image_text_hidden_size": EMBED}
+    config = getattr(transformers, f"{kind}Config")(**shape)
+    theirs = shake(getattr(transformers, classes.get(kind, f"{kind}Model"))(config))
+    theirs.save_pretrained(tmp_path)
+    pooling = "first" if kind == "Blip" else "pooler"
+    text = {"kind": "huggingface", "name": str(tmp_path), "context_length": 12, "pooling": pooling}
+    model = build(IMAGE, text | {"projection_bias": kind == "Blip"})
+    source = {"kind": "huggingface", "name": str(tmp_path)}
+    report = start(model, source)
+    _, ids, mask = draw_inputs()
+    found, other = model.text_tower(ids, mask), model.text_tower(ids.where(mask, torch.tensor(7)), mask)
+    if kind == "Blip":
+        output = theirs.text_encoder(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+        expected = output[:, 0]
+        assert_close(other.pooled, found.pooled)
+        assert not any("crossattention" in name for name in model.state_dict())
+    else:
+        output = theirs.text_model(input_ids=ids).last_hidden_state
+        features = theirs.get_text_features(input_ids=ids)
+        expected = getattr(features, "pooler_output", features)  # transformers 4 gives these alone
+        assert not torch.allclose(other.pooled, found.pooled, atol=1e-3)
+    projection = model.text_tower.projection
+    assert_close(found.tokens[mask], output[mask])
+    assert_close(found.pooled, projection(expected))
+    assert all(name.startswith(("image_tower", "logit_scale", "text_tower.projection")) for name in report.fresh)
+
+
 def save_bert(folder: Path, layers: int, vocabulary: int = VOCABULARY) -> nn.Module:
     import transformers
 

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from data_tools.errors import UserError, first_line
+from data_tools.errors import UserError, first_line, suggest
 from pretrain.config import ConfigError, ConfigModel
 from pretrain.model.blocks import begins_with
 from pretrain.model.names import IMAGE_NAMES, TEXT_NAMES, clip_from_huggingface, from_blip
@@ -42,6 +42,7 @@ NATIVE_FILE, NATIVE_CONFIG = "model.safetensors", "config.json"
 READ_ERRORS = (OSError, SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError)  # of files missing or broken
 # Where a side is from in what no shape shows: its layers, not a projection alone.
 UNSEEN = {"image_tower.inner": "image", "text_tower.inner": "text", "fusion": "fusion"}
+SCALARS = ("logit_scale", "logit_bias")  # of any two towers: these alone are no warm start
 PADDED_IDS = 128  # vocabularies that differ by no more are the same, filled up to a round number
 
 
@@ -213,13 +214,19 @@ def warm_start(model: nn.Module, sources: list[Any], world: World) -> Report:
 def fill(model: nn.Module, source: Any, report: Report) -> list[str]:
     """Returns the names of what was filled."""
     own = model.state_dict()  # shares the parameters' memory
+    check_parts(source.parts, list(own), "this model has no", hint=True)
     weights = move_layers(model, source.read(model))
+    shared = [name for name in weights if name in own]
+    if not source.parts and all(name.partition(".")[0] in SCALARS for name in shared):
+        scalars = ", ".join(name.partition(".")[0] for name in shared)
+        raise ConfigError(
+            f"model.warm_start: {source.kind} source: none of its {len(weights)} tensors{scalars and f' but {scalars}'} is in "
+            "this model. Set model.image or model.text to a tower that it has"
+            + (scalars and f", or its parts to [{scalars}], to take no more")
+        )
+    check_parts(source.parts, shared, f"the {source.kind} source has nothing for this model's")
     wanted = [name for name in weights if not source.parts or any(begins_with(name, part) for part in source.parts)]
     fitting = [name for name in wanted if name in own]
-    if not fitting:
-        raise ConfigError(
-            f"model.warm_start: {source.kind} source: none of its {len(weights)} tensors is in this model"
-        )
     for name in fitting:
         value, done = fit(name, weights[name], own[name])
         own[name].copy_(value)
@@ -231,6 +238,17 @@ def fill(model: nn.Module, source: Any, report: Report) -> list[str]:
             report.loaded[name] = value.numel()
     report.unused += [name for name in wanted if name not in own]
     return fitting
+
+
+def check_parts(parts: list[str], names: list[str], lack: str, hint: bool = False) -> None:
+    """Raises ConfigError, which opens with `lack`, for a part that none of the names begins with."""
+    part = next((part for part in parts if not any(begins_with(name, part) for name in names)), None)
+    if part is None:
+        return
+    beginnings = {name.rsplit(".", count)[0] for name in names for count in range(name.count(".") + 1)}
+    near = suggest(part, sorted(beginnings)) if hint else ""
+    valid = sorted({name.partition(".")[0] for name in names})
+    raise ConfigError(f"model.warm_start: parts: {lack} '{part}'.{near} Names begin with: {', '.join(valid) or 'none'}")
 
 
 def compare_settings(model: nn.Module, source: Any, sides: list[str]) -> list[str]:
@@ -351,7 +369,7 @@ def rename_open_clip(weights: dict[str, Tensor], model: nn.Module) -> dict[str, 
 
 
 def read_clip(name: str, config: Any, model: nn.Module) -> dict[str, Tensor]:
-    """transformers' CLIPModel, into open_clip's towers or its own. A side that is no CLIP here is left out."""
+    """transformers' CLIPModel, into open_clip's towers or its own. A side that is no CLIP here keeps its names."""
     import transformers
 
     theirs = read_pretrained(transformers.CLIPModel, name)
@@ -369,6 +387,8 @@ def read_clip(name: str, config: Any, model: nn.Module) -> dict[str, Tensor]:
             nested = prefix if hasattr(inner, prefix[:-1]) else ""  # transformers 4 names the whole once more
             weights |= {f"{tower}.inner.{nested}{key}": value for key, value in side.items()}
             weights[f"{tower}.projection.weight"] = theirs[projection]
+        else:
+            weights |= {key: value for key, value in theirs.items() if key.startswith(prefix) or key == projection}
     return weights
 
 

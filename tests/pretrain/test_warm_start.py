@@ -163,6 +163,8 @@ def test_one_side_of_a_model_with_two(clip: tuple[nn.Module, Path], tmp_path: Pa
     expected = clip[0].visual_projection(clip[0].vision_model(pixel_values=pixels).pooler_output)
     assert_close(model.image_tower(pixels).pooled, expected)
     assert {name.partition(".")[0] for name in report.loaded} == {"image_tower", "logit_scale"}
+    text = {name for name in clip[0].state_dict() if name.startswith("text_")}
+    assert set(report.unused) == text and "text_projection.weight" in text
 
     config = transformers.SiglipConfig(vision_config=VISION, text_config=WORDS)
     theirs = shake(transformers.SiglipModel(config))
@@ -554,6 +556,38 @@ def test_a_source_that_fills_nothing_or_does_not_fit_is_refused(tmp_path: Path) 
     save_bert(tmp_path / "bert", 2)
     with pytest.raises(ConfigError, match="is a bert, which is neither tower"):
         start(build(IMAGE, TEXT), {"kind": "huggingface", "name": str(tmp_path / "bert")})
+
+
+@pytest.mark.parametrize("kind", ["huggingface", "open_clip"])
+def test_a_source_of_other_towers_is_refused(kind: str, clip: tuple[nn.Module, Path], tmp_path: Path) -> None:
+    """Its logit scale alone is no warm start, unless it is asked for."""
+    source = write_source(kind, tmp_path / "folder", clip[1])
+    towers = {"kind": "timm", "name": "test_vit", "image_size": 32}, TEXT | {"kind": "bert"}
+    tensors = (
+        r"none of its \d\d tensors but logit_scale is in this model.*its parts to \[logit_scale\], to take no more$"
+    )
+    with pytest.raises(ConfigError, match=f"{kind} source: {tensors}"):
+        start(build(*towers), source)
+    assert set(start(build(*towers), source | {"parts": ["logit_scale"]}).loaded) == {"logit_scale.log_scale"}
+    with pytest.raises(
+        ConfigError, match="source has nothing for this model's 'text_tower'. Names begin with: logit_scale$"
+    ):
+        start(build(*towers), source | {"parts": ["logit_scale", "text_tower"]})
+
+
+@pytest.mark.parametrize(("parts", "message"), [
+    (["imag_tower"], "this model has no 'imag_tower'. Did you mean 'image_tower'? Names begin with: image_tower"),
+    (["image_tower", "txt_tower"], "this model has no 'txt_tower'. Did you mean 'text_tower'?"),
+    (["text_tower.iner"], "this model has no 'text_tower.iner'. Did you mean 'text_tower.inner'?"),
+    (["image_tower", "fusion"], "this model has no 'fusion'."),
+    (["image_tower", "logit_bias"], "the native source has nothing for this model's 'logit_bias'."),
+])  # fmt: skip
+def test_a_part_that_is_not_there_is_refused(parts: list[str], message: str, tmp_path: Path) -> None:
+    weights = build(IMAGE, TEXT, CROSS, seed=1).state_dict()
+    save_file({name: value.contiguous() for name, value in weights.items()}, tmp_path / "model.safetensors")
+    with pytest.raises(ConfigError, match=re.escape(f"model.warm_start: parts: {message}")) as error:
+        start(build(IMAGE, TEXT, bias=-10.0), {"kind": "native", "path": str(tmp_path), "parts": parts})
+    assert "\n" not in str(error.value)
 
 
 def test_grids_keep_the_tokens_before_the_patches() -> None:

@@ -180,7 +180,7 @@ class Trainer:
         model = build_model(config.model, self.tokenizer, config.seed, world).train()
         self.micro_batch_size = fit_micro_batch(config.train, self.newest, world)
         check_micro_batches(model, self.micro_batch_size, batch_size // world.size)
-        check_towers(model)
+        check_towers(model, config.engine.layer_decay)
         self.teacher = load_teacher(config, self.tokenizer, world)
         if not self.newest:
             warm_start(model, config.model.warm_start, world)

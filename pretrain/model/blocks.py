@@ -20,12 +20,15 @@ PROJECTIONS = ("image_tower.inner.proj", "text_tower.inner.text_projection")
 
 
 def find_blocks(module: nn.Module) -> dict[str, nn.Module]:
-    """The blocks of `module` by name, in order: the members of its outermost lists of modules of one class."""
+    """The blocks of `module` by name, in order: the members of its outermost lists of modules of one class.
+
+    None for what is not built of such lists: timm's RegNet, DenseNet, VGG, ...
+    """
     found = {}
     for name, child in module.named_children():
         members = list(child) if isinstance(child, nn.ModuleList | nn.Sequential) else []
         alike = len({type(member) for member in members}) == 1 and any(True for _ in members[0].children())
-        if alike:
+        if alike and not isinstance(members[0], nn.ModuleList):  # which nobody calls
             found |= {f"{name}.{number}": member for number, member in enumerate(members)}
         else:
             found |= {f"{name}.{inner}": block for inner, block in find_blocks(child).items()}

@@ -20,6 +20,7 @@ from pretrain.data.text import TOKENIZERS, ClipTokenizerConfig, Tokenizer
 from pretrain.model.blocks import (
     checkpoint_blocks,
     compile_blocks,
+    find_blocks,
     freeze,
     keep_frozen_in_evaluation,
 )
@@ -307,12 +308,19 @@ def build_model(config: ModelConfig, tokenizer: Tokenizer, seed: int = 0, world:
         return ImageTextModel(config, tokenizer, seed, world)
 
 
-def check_towers(model: ImageTextModel) -> None:
+def check_towers(model: ImageTextModel, layer_decay: float = 1.0) -> None:
     """Run the towers that are built from other libraries' code by name, on two samples as in training.
 
     Raises ConfigError, in one line, for a tower that cannot be run, for one whose result depends on torch's generator (with
-    ranks and micro-batches it would be another), and for a text tower whose embedding does not depend on the text.
+    ranks and micro-batches it would be another), for one that is trained and has no blocks for what is to be done by block,
+    and for a text tower whose embedding does not depend on the text.
     """
+    by_block = {
+        "model.checkpoint_activations": model.config.checkpoint_activations,
+        "model.compile": model.config.compile,
+        "engine.layer_decay": layer_decay < 1,
+    }
+    by_block = [key for key, is_set in by_block.items() if is_set]
     size, length = model.config.image.image_size, model.config.text.context_length
     pixels = torch.zeros(2, 3, size, size, dtype=torch.uint8)
     # No id that a library takes for padding, by which RoBERTa counts its positions.
@@ -328,6 +336,7 @@ def check_towers(model: ImageTextModel) -> None:
             norm.eval()  # these two samples are no part of its statistics
         try:
             alike = is_repeatable(run)
+            called = blocks_called(tower, run) if by_block else []
         except ConfigError:
             raise
         except Exception as error:  # whatever other people's code says of an input that it was not made for
@@ -342,8 +351,42 @@ def check_towers(model: ImageTextModel) -> None:
                 f"model.{side}: something in this tower is dropped by torch's generator, not by sample, so ranks and "
                 f"micro-batches would change the result. Set to 0 what drops there{name_dropouts(side, config, tower)}"
             )
+        if by_block and any(parameter.requires_grad for parameter in tower.parameters()):
+            check_blocks(side, called, by_block)
     if model.config.text.kind == "huggingface":
         check_pooling(model)
+
+
+@torch.no_grad()
+def blocks_called(tower: nn.Module, run: Callable[[], Tower]) -> list[int]:
+    """The numbers of a tower's blocks in the order in which it calls them."""
+    called = []
+    hooks = [
+        block.register_forward_pre_hook(lambda *_, number=number: called.append(number))
+        for number, block in enumerate(find_blocks(tower).values())
+    ]
+    try:
+        with torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager"):
+            run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return called
+
+
+def check_blocks(side: str, called: list[int], by_block: list[str]) -> None:
+    """Raises ConfigError where these settings would do nothing on a tower, and for a decay over blocks in another order than
+    they stand in, such as XLM's, whose attentions are in one list and the rest of its layers in others."""
+    if not called:
+        raise ConfigError(
+            f"model.{side}: this tower is no sequence of like blocks, so {' and '.join(by_block)} would do nothing on it. "
+            "Leave that out, choose another tower, or freeze this one"
+        )
+    if "engine.layer_decay" in by_block and called != sorted(called):
+        raise ConfigError(
+            f"model.{side}: this tower does not call its blocks in the order in which they stand, so engine.layer_decay would "
+            "take them for another depth. Set it to 1, or choose another tower"
+        )
 
 
 def is_close(one: Tensor, other: Tensor) -> bool:

@@ -404,11 +404,69 @@ def test_an_embedding_that_does_not_depend_on_the_text_is_refused(
         assert model.text_tower.tap.taken is None
 
 
+REGNET = {"kind": "timm", "name": "regnetx_002", "image_size": 32}
+FLAUBERT = {
+    "model_type": "flaubert",
+    "emb_dim": 32,
+    "n_layers": 2,
+    "n_heads": 2,
+    "dropout": 0.0,
+    "attention_dropout": 0.0,
+}
+BY_BLOCK = {
+    "layer_decay": "engine.layer_decay",
+    "compile": "model.compile",
+    "checkpoint_activations": "model.checkpoint_activations",
+}
+
+
+@pytest.mark.parametrize("setting", BY_BLOCK)
+def test_what_is_done_by_block_is_refused_for_a_tower_without_blocks(setting: str) -> None:
+    changes = {} if setting == "layer_decay" else {setting: True}
+    decay = 0.8 if setting == "layer_decay" else 1.0
+    values = {"embed_dim": EMBED, "image": REGNET, "text": TEXTS["bert"], **changes}
+    model = build_model(check_config(values, ModelConfig, "test"), parity.TOKENIZER).train()
+    message = f"model.image: this tower is no sequence of like blocks, so {BY_BLOCK[setting]} would do nothing on it"
+    with pytest.raises(ConfigError, match=message) as error:
+        check_towers(model, decay)
+    assert "\n" not in str(error.value)
+    frozen = check_config(values | {"freeze": ["image_tower"]}, ModelConfig, "test")
+    check_towers(build_model(frozen, parity.TOKENIZER).train(), decay)
+    check_towers(
+        build_model(check_config(values | dict.fromkeys(changes, False), ModelConfig, "test"), parity.TOKENIZER)
+    )
+
+
+@pytest.mark.parametrize(("text", "refused"), [
+    ({"model_type": "xlm", **{key: value for key, value in FLAUBERT.items() if key != "model_type"}}, True),
+    (FLAUBERT, True),
+    ({"model_type": "roberta", **SIZES}, False),
+    ({"model_type": "albert", "embedding_size": 16, **SIZES}, False),
+], ids=lambda value: value["model_type"] if isinstance(value, dict) else "")  # fmt: skip
+def test_rates_by_depth_need_blocks_in_the_order_of_their_calls(text: dict, refused: bool) -> None:
+    text = {"kind": "huggingface", "context_length": 12, "config": text}
+    values = {"embed_dim": EMBED, "image": IMAGES["timm resnet"], "text": text, "checkpoint_activations": True}
+    model = build_model(check_config(values, ModelConfig, "test"), parity.TOKENIZER).train()
+    buffers = [buffer.clone() for buffer in model.buffers()]
+    check_towers(model)  # to keep no activations, any order will do
+    if refused:
+        with pytest.raises(
+            ConfigError, match="model.text: this tower does not call its blocks in the order .* Set it to 1"
+        ):
+            check_towers(model, 0.8)
+    else:
+        check_towers(model, 0.8)
+    assert all(torch.equal(now, then) for now, then in zip(model.buffers(), buffers, strict=True))
+    assert not any(module._forward_pre_hooks for module in find_blocks(model).values())
+
+
 def test_blocks_are_found_in_every_tower() -> None:
     expected = {"vit": 2, "resnet": 4, "timm vit": 6, "timm resnet": 4, "vit_": 2, "dinov2": 2}
     assert {name: len(find_blocks(build_image_tower(name))) for name in expected} == expected
     assert list(find_blocks(build_text_tower("bert"))) == ["inner.encoder.layer.0", "inner.encoder.layer.1"]
     assert list(find_blocks(build_image_tower("resnet")))[:2] == ["inner.layer1.0", "inner.layer2.0"]
+    lists = nn.ModuleList(nn.ModuleList(nn.Sequential(nn.Linear(2, 2)) for _ in range(2)) for _ in range(2))
+    assert list(find_blocks(nn.ModuleDict({"stages": lists}))) == [f"stages.{i}.{j}" for i in (0, 1) for j in (0, 1)]
 
 
 def loss_of(model: ImageTextModel) -> Tensor:

@@ -9,8 +9,8 @@ what each trainer's loop does with a batch that is there already: copy to the de
 backward, clipping, AdamW. Reading and decoding are left out of both, and so is open_clip's normalising of pixels, which
 its loader's processes do: it gets float32 pixels; ours gets uint8 and normalises within the step.
 
-Model FLOPs utilisation counts 3 times the forward matrix products (backward is twice forward), attention in full,
-recomputation and everything else not at all, over the device's dense bf16 peak.
+Model FLOPs utilisation counts the matrix products of the forward and backward pass, attention in full, recomputation and
+everything else not at all, over the device's dense bf16 peak.
 
 Shape legend: B pairs, N image tokens, L text tokens, D width, E embedding, S pixels.
 """
@@ -238,7 +238,7 @@ def build_ours(
     host_batch = draw_batch(options, config)
     model = build_model(config, build_tokenizer(config.tokenizer, config.text.context_length), 0, world).train()
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    flops = count_flops(model, losses_config)
+    flops = count_flops(model, losses_config).sample
     engine = build_engine(model, engine_config, options.batch_size, world)
 
     def step(number: int) -> None:

@@ -33,7 +33,7 @@ from pretrain.engine import (
     settle_precision,
 )
 from pretrain.events import RunTaken, lock_run
-from pretrain.flops import NotCountable, count_flops, peak_tflops, utilisation
+from pretrain.flops import Flops, NotCountable, count_flops, peak_tflops, utilisation
 from pretrain.life import Life, all_keys
 from pretrain.losses import LOSSES, PAIR_LOSSES, LossesConfig
 from pretrain.metrics import Clock, Metrics, peak_memory_gib
@@ -185,7 +185,7 @@ class Trainer:
         if not self.newest:
             warm_start(model, config.model.warm_start, world)
         self.peak_tflops = peak_tflops(world.device)
-        self.model_flops = count_model_flops(model, config.losses, world) if self.peak_tflops else None
+        self.model_flops = count_model_flops(model, config.losses, self.teacher, world) if self.peak_tflops else None
         self.engine = build_engine(model, config.engine, batch_size, world)
         self.step = self.saved_step = 0  # steps done, and of those what a checkpoint holds; a beginning needs none
         if self.newest:
@@ -215,7 +215,7 @@ class Trainer:
                 self.clock.data_ready()
                 self.life.watch.enter("step", self.step)
                 if self.step + 1 in self.life.left_out.steps:
-                    self.end_step()
+                    self.end_step(batch)
                     continue
                 losses, output = self.compute(batch)
                 spike = self.life.judge(self.step + 1, losses["total"], self.engine)
@@ -226,7 +226,7 @@ class Trainer:
                     self.skip(spike, batch)
                 else:
                     self.update(batch, losses, output)
-                self.end_step(losses)
+                self.end_step(batch, losses)
             self.life.watch.enter("save", self.step)
             self.saver.close()
         finally:  # also where a step fails: else what is under way would be finished before the process ends
@@ -292,14 +292,14 @@ class Trainer:
         self.batches, self.metrics = iter(self.loader), self.metrics.go_back(self.step)
         self.clock.leave_out()
 
-    def end_step(self, losses: dict[str, torch.Tensor] | None = None) -> None:
+    def end_step(self, batch: Batch, losses: dict[str, torch.Tensor] | None = None) -> None:
         """Count the step, and report and save where it is time to. `losses`: None of a step that was left out."""
         self.step += 1
         self.clock.step_done()
         self.loader.close_epochs()
         self.metrics.step_done()
         if losses and (self.step % self.config.train.log_every_steps == 0 or self.step in (1, self.steps)):
-            self.metrics.log(self.step, self.measure(losses))
+            self.metrics.log(self.step, self.measure(batch, losses))
         if self.step % self.config.checkpoint.every_steps == 0 or self.step == self.steps:
             self.save()
         elif self.saver.has_arrived():
@@ -349,7 +349,7 @@ class Trainer:
         if config.ema:
             self.ema = Ema(config.ema, engine, world, beside)
 
-    def measure(self, losses: dict[str, torch.Tensor]) -> dict[str, float]:
+    def measure(self, batch: Batch, losses: dict[str, torch.Tensor]) -> dict[str, float]:
         """Losses (means over the ranks), the optimiser's state, samples replaced so far, memory, rates, the slowest rank: by
         metric name."""
         means = self.world.mean(torch.stack([loss.reshape(()) for loss in losses.values()])).tolist()
@@ -365,7 +365,9 @@ class Trainer:
         values |= self.clock.rates(self.config.train.batch_size)
         values |= self.stragglers.report(self.step, values)
         if self.model_flops is not None:
-            values |= utilisation(self.model_flops, values["rate/samples_per_s"], self.peak_tflops, self.world)
+            tokens = self.engine.module.count_tokens(batch).sum().item() / len(batch.ids)
+            flops = self.model_flops.of_sample(tokens)
+            values |= utilisation(flops, values["rate/samples_per_s"], self.peak_tflops, self.world)
         return values
 
     def describe(self) -> str:
@@ -377,10 +379,12 @@ class Trainer:
         return f"{self.config.run}: {size}, {samples}, step {self.step} of {self.steps}"
 
 
-def count_model_flops(model: ImageTextModel, losses: LossesConfig, world: World) -> float | None:
+def count_model_flops(
+    model: ImageTextModel, losses: LossesConfig, teacher: Callable[[Batch], TeacherOutput] | None, world: World
+) -> Flops | None:
     """None, with a warning, where they cannot be counted."""
     try:
-        return count_flops(model, losses)
+        return count_flops(model, losses, teacher)
     except NotCountable as error:
         if world.is_main:
             log.warning("no rate/mfu in the metrics: %s", error)

@@ -5,7 +5,7 @@ A block is what a tower or fusion repeats: a transformer layer, a residual block
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -45,6 +45,20 @@ def checkpoint_blocks(model: nn.Module, contexts: Callable[[], Any]) -> None:
         if any(isinstance(module, _BatchNorm) for module in block.modules()):
             continue
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
+
+
+@contextlib.contextmanager
+def without_checkpoints(model: nn.Module) -> Iterator[None]:
+    """Within, what `checkpoint_blocks` did is undone."""
+    blocks = [block for block in find_blocks(model).values() if getattr(block.forward, "func", None) is checkpoint]
+    checkpointed = [(block, block.forward) for block in blocks]
+    for block, forward in checkpointed:
+        block.forward = forward.args[0]
+    try:
+        yield
+    finally:
+        for block, forward in checkpointed:
+            block.forward = forward
 
 
 def no_contexts() -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:

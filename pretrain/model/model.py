@@ -269,9 +269,15 @@ class ImageTextModel(nn.Module):
         """
         if not (self.caption_head or self.masked_head):
             return None
-        masked = self.mask_tokens(batch)[1] if self.masked_head else torch.zeros_like(batch.mask)
-        counts = self.world.all_reduce(torch.stack([batch.mask[:, 1:].sum(), masked.sum()]))
+        counts = self.world.all_reduce(self.count_tokens(batch))
         return TokenWeights(*(self.world.size / counts.clamp(min=1).double()))
+
+    def count_tokens(self, batch: Batch) -> Tensor:
+        """[2] int64: tokens of this batch to predict in captioning, and masked ones; 0 where there is no head for them."""
+        none = torch.zeros_like(batch.mask)
+        captioned = batch.mask[:, 1:] if self.caption_head else none
+        masked = self.mask_tokens(batch)[1] if self.masked_head else none
+        return torch.stack([captioned.sum(), masked.sum()])
 
     def mask_tokens(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The batch's ids [B,L] with some masked, and which [B,L]: a function of the seed and the samples' positions."""

@@ -1,18 +1,23 @@
-"""FLOPs by shapes are those of a formula, and those of a real step's forward and backward pass."""
+"""FLOPs by shapes are those of a formula, and those of a real step, whatever is trained."""
+
+import json
+from pathlib import Path
 
 import parity
 import pytest
 import torch
-from paths import ROOT
+from paths import ROOT, TINY
+from ranks import Command
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from pretrain.accumulate import compute_gradients
 from pretrain.config import check_config, load_config
 from pretrain.data.text import build_tokenizer
 from pretrain.flops import NotCountable, count_flops, utilisation
-from pretrain.losses import LossesConfig
+from pretrain.losses import CaptioningConfig, DistillConfig, LossesConfig, MaskedLanguageConfig, MomentumConfig
 from pretrain.model.model import ModelConfig, build_model
-from pretrain.train import RunConfig
+from pretrain.train import RunConfig, load_run_config
 from pretrain.world import World
 
 
@@ -22,7 +27,7 @@ def blocks(tokens: int, width: int, layers: int, mlp_ratio: float) -> float:
 
 
 def by_formula(config: ModelConfig, pairs: int) -> float:
-    """Three times the forward pass of ViT, text transformer and cross-attention from text to image."""
+    """Forward and backward pass of ViT, text transformer and cross-attention from text to image."""
     image, text, fusion = config.image, config.text, config.fusion
     patches, length, width = (image.image_size // image.patch_size) ** 2, text.context_length, fusion.width
     forward = 2 * patches * 3 * image.patch_size**2 * image.width + blocks(patches + 1, image.width, image.layers, 4)
@@ -32,7 +37,8 @@ def by_formula(config: ModelConfig, pairs: int) -> float:
     seen = fusion.layers * 4 * patches * image.width * width if pairs else 0
     pair = 2 * length * text.width * width + fusion.layers * cross + blocks(length, width, fusion.layers, 4)
     pool = 4 * length * width**2 + 4 * width**2 + 4 * length * width
-    return 3 * (forward + seen + pairs * (pair + pool + 4 * width))
+    pixels = 2 * patches * 3 * image.patch_size**2 * image.width  # which get no gradient
+    return 3 * (forward + seen + pairs * (pair + pool + 4 * width)) - pixels
 
 
 @pytest.mark.parametrize("name", [pytest.param("vit_b16", marks=pytest.mark.faults), "flickr8k"])
@@ -41,37 +47,95 @@ def test_they_are_those_of_the_formula(name: str) -> None:
     model = build_model(config.model, build_tokenizer(config.model.tokenizer, config.model.text.context_length))
     alone = LossesConfig()
     for losses, pairs in ((config.losses, 3), (alone, 0)):
-        assert count_flops(model, losses) == pytest.approx(by_formula(config.model, pairs), rel=0.002)
+        assert count_flops(model, losses).of_sample() == pytest.approx(by_formula(config.model, pairs), rel=0.002)
 
 
-@pytest.mark.parametrize("fusion", ["text_to_image", "both", "shared", "weighted", "med"])
-def test_they_are_those_of_a_real_step(fusion: str) -> None:
-    """Patches are dropped in both. The first layer's pixels get no gradient, which the count of shapes does not know."""
-    case = parity.Case(fusion=fusion, losses=parity.LOSSES)
-    config = parity.model_config(case)
+MASKED = LossesConfig(contrastive=None, masked_language=MaskedLanguageConfig())
+CAPTIONS = LossesConfig(contrastive=None, captioning=CaptioningConfig())
+HEADS = parity.LOSSES.model_copy(update={"captioning": CaptioningConfig(), "masked_language": MaskedLanguageConfig()})
+DISTILL = LossesConfig(distill=DistillConfig(teacher="of the test"))
+LAST_LAYER_TRAINED = ["image_tower.inner.conv1", "image_tower.inner.class_embedding", "image_tower.inner.ln_pre",
+                      "image_tower.inner.positional_embedding", "image_tower.inner.transformer.resblocks.0"]  # fmt: skip
+STEPS = {  # fusion and, if it is not BERT, text tower; losses; what is frozen
+    **{fusion: (fusion, parity.LOSSES, []) for fusion in parity.FUSIONS if fusion != "cross"},
+    "captioning": ("text_to_image", parity.LOSSES.model_copy(update={"captioning": CaptioningConfig()}), []),
+    "captioning only": ("text_to_image", CAPTIONS, []),
+    "captioning only, a causal tower": ("text_to_image clip", CAPTIONS, []),
+    "captioning only, shared layers": ("med", CAPTIONS, []),
+    "masked language": ("both", MASKED, []),
+    "masked language, shared layers": ("med", MASKED, []),
+    "both heads, checkpoints": ("shared", HEADS, []),
+    "LiT": ("text_to_image", parity.LOSSES, ["image_tower"]),
+    "a last layer trained": ("text_to_image", parity.LOSSES, LAST_LAYER_TRAINED),
+    "a first layer trained": ("text_to_image", HEADS, ["image_tower.inner.transformer", "text_tower.inner.encoder"]),
+    "momentum": (None, LossesConfig(contrastive=None, momentum=MomentumConfig(queue_samples=0)), []),
+    "distill": (None, DISTILL, []),
+    "distill, LiT": (None, DISTILL, ["image_tower"]),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_they_are_those_of_a_real_step(name: str) -> None:
+    """The step as it is trained, similarities with it, of a batch whose texts are shorter than the context. Patches are
+    dropped in both; what checkpoints compute again is in neither."""
+    fusion, losses, frozen = STEPS[name]
+    fusion, _, text = (fusion or "").partition(" ")
+    config = parity.model_config(parity.Case(text=text or "bert_dropping", fusion=fusion or "cross", losses=losses))
+    update = {"freeze": frozen, "match_head": bool(losses.matching)} | ({} if fusion else {"fusion": None})
+    config = config.model_copy(update=update)
     model = build_model(config, parity.TOKENIZER).train()
-    expected = count_flops(model, case.losses)
-    assert model.training and all(module.training for module in model.modules())
+    teacher = parity.build_teacher(config, torch.float32) if losses.distill else None
+    momentum = parity.build_momentum(config, losses.momentum, parity.PlainEngine(model), 16, World())
+    settings = config.model_copy(update={"checkpoint_activations": name.endswith("checkpoints")})
+    counted = build_model(settings, parity.TOKENIZER).train()
+    before = [(module.training, module.forward) for module in counted.modules()]
+    found = count_flops(counted, losses, teacher)
+    assert [(module.training, module.forward) for module in counted.modules()] == before
+    assert all(weight.grad is None for weight in counted.parameters())
+
     batch = parity.make_batch(config, 0, World())
-    pairs = 3 * len(batch.keys)
-    keys = model.sample_keys(torch.from_numpy(batch.position))
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        image, text = model.encode_image(batch.image, keys), model.encode_text(batch.ids, batch.mask, keys)
-        rows = torch.arange(pairs) % len(batch.keys)
-        logits = model.match_pairs(text.tokens[rows], batch.mask[rows], image.tokens, rows=rows, keys=keys[rows])
-        (image.pooled.sum() + text.pooled.sum() + logits.sum()).backward()
-    patches = (config.image.image_size // config.image.patch_size) ** 2
-    first = 2 * patches * 3 * config.image.patch_size**2 * config.image.width
-    assert counter.get_total_flops() / len(batch.keys) == pytest.approx(expected - first, rel=0.01)
+    step = (parity.PlainEngine(model), batch, losses, 0, None, World(), teacher, momentum)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # of frozen towers' attention, which the counter does not know
+    try:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            compute_gradients(*step)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    predicted = model.count_tokens(batch).sum().item() / len(batch.keys)
+    assert (predicted > 0) == bool(losses.captioning or losses.masked_language) == (found.token > 0)
+    assert found.of_sample(predicted) == pytest.approx(counter.get_total_flops() / len(batch.keys), rel=0.01)
 
 
-def test_a_frozen_tower_is_counted_once() -> None:
-    case = parity.Case(fusion="text_to_image", losses=parity.LOSSES)
-    config = parity.model_config(case)
-    frozen = config.model_copy(update={"freeze": ["image_tower"]})
-    counts = [count_flops(build_model(settings, parity.TOKENIZER), LossesConfig()) for settings in (config, frozen)]
-    text = 3 * (blocks(12, 32, 2, 4) + 2 * 32 * 16)
-    assert counts[0] - text == pytest.approx(3 * (counts[1] - text), rel=0.01)
+def test_a_head_is_counted_for_each_token_that_it_predicts() -> None:
+    case = parity.Case(text="bert", fusion="text_to_image", losses=CAPTIONS)
+    config = parity.model_config(case).model_copy(update={"match_head": False})
+    found = count_flops(build_model(config, parity.TOKENIZER).train(), CAPTIONS)
+    assert found.token == 3 * (2 * 32 * 32 + 2 * 32 * parity.VOCAB_SIZE)
+    assert found.of_sample(2.5) == found.sample + 2.5 * found.token
+
+
+def know_a_peak(rank: int) -> None:
+    import pretrain.train
+
+    pretrain.train.peak_tflops = lambda device: 1e-3
+
+
+def test_the_metrics_count_the_tokens_of_the_captions(shards: Path, tmp_path: Path) -> None:
+    heads = ["model.captioning={}", "losses.captioning={}", "train.duration=2 steps"]
+    words = ["train", TINY, f"run={tmp_path / 'run'}", f"data.path={shards / 'train'}", *heads]
+    command = Command([str(word) for word in words], None, tmp_path / "command", know_a_peak)
+    assert command.wait() == [0], command.printed("stderr")
+    config = load_run_config(tmp_path / "run")
+    model = build_model(config.model, build_tokenizer(config.model.tokenizer, config.model.text.context_length)).train()
+    flops = count_flops(model, config.losses)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 2
+    for line in lines:
+        assert line["rate/mfu"] == pytest.approx(1e3 * line["rate/tflops_per_gpu"])
+        tokens = (line["rate/tflops_per_gpu"] * 1e12 / line["rate/samples_per_s"] - flops.sample) / flops.token
+        assert 3 < tokens < 23  # of a context of 24
+        assert 8 * tokens == pytest.approx(round(8 * tokens), abs=0.01)  # of 8 captions
 
 
 def test_utilisation_is_of_one_device() -> None:

@@ -570,8 +570,11 @@ class HuggingfaceText(EncoderText):
         settings = config.read("model.text", "text_config")
         if config.name is None and "vocab_size" not in config.config:
             settings.vocab_size = tokenizer.vocab_size
-        if config.name is None and "pad_token_id" not in config.config and tokenizer.padding_id is not None:
-            settings.pad_token_id = tokenizer.padding_id
+        if config.name is None and "pad_token_id" not in config.config:
+            if tokenizer.padding_id is not None:
+                settings.pad_token_id = tokenizer.padding_id
+            elif (settings.pad_token_id or 0) >= settings.vocab_size:  # ModernBERT's own, in a smaller vocabulary
+                settings.pad_token_id = 0
         if settings.vocab_size < tokenizer.vocab_size:
             raise ConfigError(
                 f"model.text: the model has {settings.vocab_size} ids and the tokenizer {tokenizer.vocab_size}. Set "

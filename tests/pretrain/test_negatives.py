@@ -6,6 +6,7 @@ import torch
 from ranks import run_on_ranks
 
 from pretrain.contract import Identity
+from pretrain.model import negatives
 from pretrain.model.negatives import MatchPlan, draw_negatives, find_true_pairs, gather_identity, plan_matches
 from pretrain.randomness import uniform
 from pretrain.world import World
@@ -63,6 +64,56 @@ def test_draws_follow_the_weights_and_are_never_true_pairs() -> None:
     )
     assert valid.all() and counts[~allowed].sum() == 0 and counts[4] > 0
     assert ((counts - expected)[allowed] ** 2 / expected[allowed]).sum() < 21.1  # 3 degrees of freedom
+
+
+SHARE, SCALE, COPIES = 0.3, 4.0, 40
+# `PAIRS`, and a caption for the second time.
+KINDS = [(image, text, (captions * 3)[:3]) for image, text, captions in [*PAIRS, (6, 3, [3])]]
+SIDES = torch.nn.functional.normalize(
+    torch.randn(2, len(KINDS), 3, generator=torch.Generator().manual_seed(4), dtype=torch.float64), dim=2
+)
+
+
+def draw(seed: int, first: int) -> tuple[np.ndarray, np.ndarray]:
+    """The texts and the images that a plan draws for a batch that has all `KINDS` so many times, from position `first` on.
+
+    A row's distribution over the kinds is the same as if each were there once.
+    """
+    rows = len(KINDS) * COPIES
+    ids = torch.ones(rows, 2, dtype=torch.int64)
+    identity = Identity(*(torch.tensor(part) for part in zip(*KINDS * COPIES, strict=True)))
+    batch = SimpleNamespace(identity=identity, position=first + np.arange(rows), ids=ids, mask=ids.bool())
+    plan = plan_matches(batch, *SIDES.repeat(1, COPIES, 1), torch.tensor([SCALE]), seed, SHARE, World())
+    return plan.hard_text, plan.hard_image
+
+
+def test_a_plan_draws_both_sides_by_their_weights_and_apart() -> None:
+    """Each kind's (text, image), over seeds and positions, against the product of its two distributions by chi-square."""
+    kinds, seeds, places = len(KINDS), 10, 5
+    counts = np.zeros((kinds, kinds, kinds))
+    for seed in range(seeds):
+        for place in range(places):
+            texts, images = draw(seed, place * kinds * COPIES)
+            np.add.at(counts, (np.arange(len(texts)) % kinds, texts % kinds, images % kinds), 1)
+    true = np.array([[image == of or text in captions for of, text, _ in KINDS] for image, _, captions in KINDS])
+    weights = np.exp(SCALE * (SIDES[0] @ SIDES[1].T).numpy())
+    probabilities = []
+    for raw, never in ((weights, true), (weights.T, true.T)):
+        hard, even = np.where(never, 0, raw), ~never
+        hard, even = hard / hard.sum(1, keepdims=True), even / even.sum(1, keepdims=True)
+        probabilities.append((1 - SHARE) * hard + SHARE * even)
+    expected = seeds * places * COPIES * probabilities[0][:, :, None] * probabilities[1][:, None, :]
+    allowed = expected > 0
+    assert not counts[~allowed].any() and expected[allowed].min() > 3
+    freedom = allowed.sum() - kinds
+    assert ((counts - expected)[allowed] ** 2 / expected[allowed]).sum() < freedom + 4 * (2 * freedom) ** 0.5
+
+
+def test_blocks_of_similarities_draw_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = draw(0, 0)
+    for scores in (1, 99 * len(KINDS) * COPIES):  # a row at a time, and 99, the last block short
+        monkeypatch.setattr(negatives, "MAX_SCORES", scores)
+        np.testing.assert_array_equal(draw(0, 0), whole)
 
 
 def test_a_row_without_candidates_does_not_count() -> None:

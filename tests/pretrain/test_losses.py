@@ -12,8 +12,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from data_tools.errors import UserError
 from pretrain.accumulate import BadSteps, infect
-from pretrain.contract import Identity, ModelOutput
-from pretrain.losses import ContrastiveConfig, LossesConfig, MatchingConfig, Ramp, SigmoidConfig, compute_losses
+from pretrain.contract import Identity, ModelOutput, TeacherOutput
+from pretrain.losses import (
+    ContrastiveConfig,
+    DistillConfig,
+    LossesConfig,
+    MatchingConfig,
+    Ramp,
+    SigmoidConfig,
+    compute_losses,
+)
 from pretrain.world import World
 
 ROWS = 12
@@ -90,7 +98,12 @@ class Saved:
 def test_no_loss_holds_more_than_a_block(positives: str) -> None:
     rows, chunk, captions = 128, 32, 2
     output = make_output(rows)
+    others = make_output(2 * rows)
+    output.teacher = TeacherOutput(
+        others.image_embed[rows:].detach(), others.text_embed[rows:].detach(), torch.tensor([7.0])
+    )
     config = LossesConfig(
+        distill=DistillConfig(teacher="-", cosine=1.0, chunk=chunk),
         contrastive=ContrastiveConfig(chunk=chunk, positives=positives),
         sigmoid=SigmoidConfig(chunk=chunk, positives=positives),
     )

@@ -12,12 +12,13 @@ import pretrain.engine as engine_module
 from data_tools.errors import UserError
 from pretrain.accumulate import BadSteps, compute_gradients
 from pretrain.config import check_config
-from pretrain.contract import Batch, ModelOutput, TeacherOutput
+from pretrain.contract import Batch, Identity, ModelOutput, TeacherOutput
 from pretrain.data.text import ClipTokenizerConfig, Tokenizer
 from pretrain.engine import (
     EngineConfig,
     apply_gradients,
     build_engine,
+    gradient_norm,
     import_deepspeed,
     learning_rate,
     parameter_groups,
@@ -36,9 +37,9 @@ from pretrain.losses import (
     compute_losses,
 )
 from pretrain.model.model import ModelConfig, build_model
-from pretrain.model.negatives import find_true_pairs, gather_identity
-from pretrain.model.noise import pair_keys
-from pretrain.model.towers import Tower
+from pretrain.model.negatives import gather_identity
+from pretrain.model.noise import derive_keys, pair_keys
+from pretrain.model.towers import Tower, unit
 from pretrain.momentum import Momentum
 from pretrain.world import World
 
@@ -48,11 +49,12 @@ TOKENIZER = Tokenizer(
     ClipTokenizerConfig(), VOCAB_SIZE, 12, None, end_id=VOCAB_SIZE - 1, mask_id=1, special_ids=(0, VOCAB_SIZE - 1)
 )
 LOSSES = LossesConfig(matching=MatchingConfig())
+STEP = 2  # whose gradients are compared: in the midst of the ramps
 # Blocks of 5 and 3 columns: several even for one rank, and the last one short.
 PAIR_LOSSES = LossesConfig(
-    contrastive=ContrastiveConfig(chunk=5, label_smoothing=0.1, positives="soft"),
+    contrastive=ContrastiveConfig(chunk=5, label_smoothing=0.1, positives="soft", ramp=Ramp(start=2.0, steps=4)),
     sigmoid=SigmoidConfig(chunk=3, positives="masked", weight=0.3),
-    matching=MatchingConfig(weight=2.0),
+    matching=MatchingConfig(weight=2.0, ramp=Ramp(start=3.0, steps=4, shape="cosine")),
     momentum=MomentumConfig(
         chunk=7, label_smoothing=0.1, queue_samples=24, weight=0.7, alpha_ramp=Ramp(start=0.2, steps=4), decay=0.8
     ),
@@ -92,10 +94,11 @@ FUSIONS = {
     "both": {**DROPPING, "direction": "both"},
     "shared": {**DROPPING, "kind": "shared"},
     "weighted": {**DROPPING, "kind": "weighted"},
+    "weighted_middle": {**DROPPING, "kind": "weighted", "from_layer": 1},
     "med": {"kind": "med", "dropout": 0.2},
+    "med_own": {"kind": "med", "dropout": 0.2, "layers": 1, "from_layer": 1},
     "of_embeddings": {**CROSS, "from_layer": 0},
     "from_layer": {**CROSS, "from_layer": 1},
-    "own_med": {"kind": "med", "layers": 1, "from_layer": 1},
 }
 
 
@@ -124,13 +127,18 @@ def model_config(case: Case) -> ModelConfig:
 
 
 def make_batch(config: ModelConfig, step: int, world: World) -> Batch:
-    """This rank's rows of a random global batch, in which pictures 0 and 1 are the same, and so are texts 2 and 3."""
+    """This rank's rows of a random global batch. Of 4 ranks, and of 2: pictures, captions, and captions that are also those of
+    another row's picture, are the same within the first rank, within another one, and across ranks."""
     size, length = config.image.image_size, config.text.context_length
     generator = torch.Generator().manual_seed(step)
     image = torch.randint(0, 256, (GLOBAL_BATCH, 3, size, size), generator=generator, dtype=torch.uint8)
     ids = torch.randint(1, 1000, (GLOBAL_BATCH, length), generator=generator)
     image_id, text_id = torch.arange(GLOBAL_BATCH), torch.arange(GLOBAL_BATCH)
-    image[1], image_id[1], ids[3], text_id[3] = image[0], 0, ids[2], 2
+    image_id[[1, 10, 12]] = torch.tensor([0, 9, 5])
+    text_id[[3, 15, 13]] = torch.tensor([2, 14, 6])
+    image, ids = image[image_id], ids[text_id]
+    others = text_id.clone()
+    others[[0, 1, 9, 10, 5, 12, 8, 4, 7]] = text_id[[1, 0, 10, 9, 12, 5, 11, 11, 15]]
     ends, places = 3 + text_id % 7, torch.arange(length)  # texts of 4 to 10 tokens
     ids = ids.where(places < ends[:, None], 0).where(places != ends[:, None], VOCAB_SIZE - 1)
     rows = GLOBAL_BATCH // world.size
@@ -141,7 +149,7 @@ def make_batch(config: ModelConfig, step: int, world: World) -> Batch:
         mask=(places <= ends[:, None])[own],
         image_id=image_id[own],
         text_id=text_id[own],
-        true_text_id=text_id[own][:, None],
+        true_text_id=torch.stack([text_id, others], dim=1)[own],
         position=np.arange(GLOBAL_BATCH)[own] + step * GLOBAL_BATCH,
         keys=[str(row) for row in range(GLOBAL_BATCH)[own]],
     )
@@ -181,7 +189,7 @@ def losses_and_gradients(
     teacher = build_teacher(config, torch.float64) if case.losses.distill else None
     engine = PlainEngine(model)
     momentum = build_momentum(config, case.losses.momentum, engine, size, world)
-    losses, _ = compute_gradients(engine, batch, case.losses, 0, size, world, teacher, momentum)
+    losses, _ = compute_gradients(engine, batch, case.losses, STEP, size, world, teacher, momentum)
     return averages(world, model, losses)
 
 
@@ -229,17 +237,18 @@ def all_losses_and_gradients(world: World, cases: list[tuple[Case, int]]) -> lis
     return [losses_and_gradients(world, *case) for case in cases]
 
 
-GATHERED = Case(fusion="text_to_image", losses=PAIR_LOSSES.model_copy(update={"distill": None}))
+GATHERED = Case(fusion="text_to_image", losses=ALL_LOSSES.model_copy(update={"distill": None}))
 
 
 def gather_tokens(world: World, case: Case) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """The reference: all tokens and embeddings gathered, as BLIP-2 does, and the losses written with whole matrices."""
+    """The reference: all tokens and embeddings gathered, as BLIP-2 does, and the losses written with whole matrices; in the
+    total, with the weights of `STEP`."""
     config = model_config(case)
     model = build_model(config, TOKENIZER, 0, world).double().train()
     batch = make_batch(config, 0, world)
     output = model(batch, heads=False)
     momentum = build_momentum(config, case.losses.momentum, PlainEngine(model), len(batch.ids), world)
-    output.momentum = momentum.compare(batch, len(batch.ids), 0)
+    output.momentum = momentum.compare(batch, len(batch.ids), STEP)
     keys = model.sample_keys(torch.from_numpy(batch.position))
     image, text = model.encode_image(batch.image, keys), model.encode_text(batch.ids, batch.mask, keys)
     images, texts, masks, all_keys = map(world.all_gather, (image.tokens, text.tokens, batch.mask, keys))
@@ -260,16 +269,53 @@ def gather_tokens(world: World, case: Case) -> tuple[dict[str, float], dict[str,
         "sigmoid": dense_sigmoid(output, world, "masked"),
         "matching": torch.nn.functional.cross_entropy(logits, labels),
         "momentum": dense_momentum(output, world, 0.1, "soft"),
+        **gather_token_losses(world, model, batch, image.tokens),
     }
-    losses["total"] = losses["contrastive"] + 0.3 * losses["sigmoid"] + 2.0 * losses["matching"]
-    losses["total"] = losses["total"] + 0.7 * losses["momentum"]
+    weights = {"contrastive": 1.5, "sigmoid": 0.3, "matching": 2.5, "momentum": 0.7}
+    weights |= {"captioning": 0.5, "masked_language": 2.0}
+    losses["total"] = sum(weight * losses[name] for name, weight in weights.items())
     losses["total"].backward()
     return averages(world, model, losses)
 
 
+def gather_token_losses(
+    world: World, model: torch.nn.Module, batch: Batch, image: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Captioning and masked language as one mean over all tokens of the global batch, whose logits all ranks have."""
+    keys = model.sample_keys(torch.from_numpy(batch.position))
+    with model.noise.using(derive_keys(keys, "captioning")):
+        next_tokens = model.fusion.decode(model.text_tower.causal_tokens(batch.ids, batch.mask), batch.mask, image)
+    masked_ids, chosen = model.mask_tokens(batch)
+    with model.noise.using(derive_keys(keys, "masked language")):
+        tokens = model.fusion(model.text_tower(masked_ids, batch.mask).tokens, batch.mask, image).tokens
+    embedding = model.text_tower.embedding.weight
+
+    def loss(head: torch.nn.Module, tokens: torch.Tensor, ids: torch.Tensor, smoothing: float) -> torch.Tensor:
+        logits, labels = world.all_gather(head(tokens, embedding)), world.all_gather(ids)
+        return torch.nn.functional.cross_entropy(logits.mT, labels, label_smoothing=smoothing)  # without labels of -100
+
+    following = batch.ids.masked_fill(~batch.mask, -100)[:, 1:]
+    return {
+        "captioning": loss(model.caption_head, next_tokens[:, :-1], following, 0.1),
+        "masked_language": loss(model.masked_head, tokens, batch.ids.masked_fill(~chosen, -100), 0.0),
+    }
+
+
+def whole_true_pairs(rows: Identity, columns: Identity) -> list[torch.Tensor]:
+    """Which of the rows' images belong to which of the columns' texts, and which of the rows' texts to which of the columns'
+    images, [rows,columns] bool, pair by pair."""
+
+    def belong(images: Identity, texts: Identity) -> torch.Tensor:
+        pictures = list(zip(images.image_id.tolist(), images.true_text_id.tolist(), strict=True))
+        captions = list(zip(texts.image_id.tolist(), texts.text_id.tolist(), strict=True))
+        return torch.tensor([[image == of or text in true for of, text in captions] for image, true in pictures])
+
+    return [belong(rows, columns), belong(columns, rows).T]
+
+
 def dense_contrastive(output: ModelOutput, world: World, smoothing: float, positives: str) -> torch.Tensor:
     """The contrastive loss with its matrices of [B,G] targets and similarities."""
-    true_pairs = find_true_pairs(output.identity, gather_identity(output.identity, world))
+    true_pairs = whole_true_pairs(output.identity, gather_identity(output.identity, world))
     sides = [(output.image_embed, output.text_embed), (output.text_embed, output.image_embed)]
     settings = (output.logit_scale, world, smoothing, positives)
     return sum(
@@ -281,7 +327,7 @@ def dense_contrastive(output: ModelOutput, world: World, smoothing: float, posit
 def dense_momentum(output: ModelOutput, world: World, smoothing: float, positives: str) -> torch.Tensor:
     """The momentum loss with matrices of targets and similarities with all candidates."""
     averaged, candidates = output.momentum, output.momentum.candidates
-    true_pairs = find_true_pairs(output.identity, candidates.identity)
+    true_pairs = whole_true_pairs(output.identity, candidates.identity)
     sides = [
         (output.image_embed, averaged.image_embed, candidates.text_embed),
         (output.text_embed, averaged.text_embed, candidates.image_embed),
@@ -319,7 +365,7 @@ def dense_softmax(
 
 def dense_sigmoid(output: ModelOutput, world: World, positives: str) -> torch.Tensor:
     scores = output.logit_scale * output.image_embed @ world.all_gather(output.text_embed).T + output.logit_bias
-    true = find_true_pairs(output.identity, gather_identity(output.identity, world))[0]
+    true = whole_true_pairs(output.identity, gather_identity(output.identity, world))[0]
     own = torch.zeros_like(true)
     rows = torch.arange(len(true))
     own[rows, rows + world.rank * len(true)] = True
@@ -327,6 +373,30 @@ def dense_sigmoid(output: ModelOutput, world: World, positives: str) -> torch.Te
     counted = own | ~true if positives == "masked" else torch.ones_like(true)
     losses = torch.nn.functional.binary_cross_entropy_with_logits(scores, positive.to(scores.dtype), reduction="none")
     return (losses * counted).sum() / len(true)
+
+
+def of_positives(world: World, positives: str, dense: bool = False) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """The contrastive and the sigmoid loss of random embeddings with `make_batch`'s true pairs, and their gradients, averaged
+    over the ranks; `dense`: written with whole matrices."""
+    generator, rows = torch.Generator().manual_seed(0), GLOBAL_BATCH // world.size
+    sides = unit(torch.randn(2, GLOBAL_BATCH, 6, generator=generator, dtype=torch.float64))
+    leaves = torch.nn.ParameterDict({"image": sides[0], "text": sides[1]})
+    leaves |= {name: torch.tensor([value], dtype=torch.float64) for name, value in (("scale", 9.0), ("bias", -2.0))}
+    own = slice(world.rank * rows, (world.rank + 1) * rows)
+    identity = make_batch(model_config(Case()), 0, world).identity
+    output = ModelOutput(leaves["image"][own], leaves["text"][own], leaves["scale"], leaves["bias"], identity)
+    if dense:
+        losses = {
+            "contrastive": dense_contrastive(output, world, 0.1, positives),
+            "sigmoid": dense_sigmoid(output, world, positives),
+        }
+        losses["total"] = losses["contrastive"] + losses["sigmoid"]
+    else:
+        contrastive = ContrastiveConfig(chunk=5, label_smoothing=0.1, positives=positives)
+        config = LossesConfig(contrastive=contrastive, sigmoid=SigmoidConfig(chunk=3, positives=positives))
+        losses = compute_losses(config, output, world)
+    losses["total"].sum().backward()
+    return averages(world, leaves, losses)
 
 
 def losses_of_both(world: World) -> dict[str, list[tuple[str, float, list[np.ndarray]]]]:
@@ -399,9 +469,9 @@ class Run(NamedTuple):
     offload: str = "none"
 
 
-def train_losses(world: World, runs: list[Run], steps: int, case: Case) -> list[tuple[list[float], list[str]]]:
-    """Steps of DeepSpeed for each run: total losses (means over ranks), and what was said of the steps that were skipped:
-    in one, the first image of each of rank 1's micro-batches becomes NaN."""
+def train_losses(world: World, runs: list[Run], steps: int, case: Case) -> list[tuple[list, list[str]]]:
+    """Steps of DeepSpeed for each run: total losses (means over ranks) with the norms of the gradients, and what was said of
+    the steps that were skipped: in one, the first image of each of rank 1's micro-batches becomes NaN."""
     shard_everything()
     config, results = model_config(case), []
     teacher = build_teacher(config, torch.float32) if case.losses.distill else None
@@ -426,6 +496,7 @@ def train_losses(world: World, runs: list[Run], steps: int, case: Case) -> list[
             values, output = compute_gradients(engine, batch, case.losses, step, size, world, teacher, momentum)
             if hook:
                 hook.remove()
+            norm = gradient_norm(engine)
             applied = apply_gradients(engine)
             if momentum and applied:
                 momentum.follow(output.momentum, step)
@@ -433,7 +504,7 @@ def train_losses(world: World, runs: list[Run], steps: int, case: Case) -> list[
                 BadSteps(1, world).check(step, applied, batch, values, output)
             except UserError as error:
                 skipped.append(str(error))
-            losses.append(world.mean(values["total"]).item())
+            losses.append((world.mean(values["total"]).item(), norm))
         results.append((losses, skipped))
         engine.destroy()
     return results
@@ -447,30 +518,32 @@ def spoil_first_row(module: torch.nn.Module, arguments: tuple, tower: Tower) -> 
 
 class Albef:
     """The momentum objective in plain PyTorch for one process: whole matrices, the queue one list, and after ALBEF's way of
-    writing it. True pairs share a picture or a text, as they do in `make_batch`."""
+    writing it."""
 
     def __init__(self, model: torch.nn.Module, settings: MomentumConfig):
         self.model, self.averaged, self.settings = model, copy.deepcopy(model).eval(), settings
-        self.past: list[tuple[torch.Tensor, torch.Tensor, int, int]] = []  # image, text, and the ids of both
+        self.past: list[tuple[torch.Tensor, ...]] = []  # image, text, and their identity
 
     def loss(self, batch: Batch, output: ModelOutput, step: int) -> torch.Tensor:
         with torch.no_grad():
             now = self.averaged(batch, heads=False)
-        self.batch = list(zip(now.image_embed, now.text_embed, batch.image_id, batch.text_id, strict=True))
+        self.batch = list(zip(now.image_embed, now.text_embed, *batch.identity, strict=True))
         queue = self.past[-self.settings.queue_samples :] if self.settings.queue_samples else []
-        images, texts, image_ids, text_ids = map(torch.stack, zip(*self.batch, *queue, strict=True))
-        true = (batch.image_id[:, None] == image_ids) | (batch.text_id[:, None] == text_ids)
-        own, scale, alpha = torch.eye(*true.shape, dtype=torch.bool), output.logit_scale, self.settings.alpha_at(step)
-        hidden = (true & ~own) * (-1e9 if self.settings.positives == "masked" else 0.0)
-        positive = (true if self.settings.positives == "soft" else own).to(images.dtype)
-        hard = positive / positive.sum(1, keepdim=True)
-        smooth, candidates = self.settings.label_smoothing, (hidden == 0).to(images.dtype)
-        hard = (1 - smooth) * hard + smooth * candidates / candidates.sum(1, keepdim=True)
-        total = 0
-        for rows, averaged, columns in (
-            (output.image_embed, now.image_embed, texts),
-            (output.text_embed, now.text_embed, images),
+        images, texts, *identity = map(torch.stack, zip(*self.batch, *queue, strict=True))
+        scale, alpha, total = output.logit_scale, self.settings.alpha_at(step), 0
+        for rows, averaged, columns, true in zip(
+            (output.image_embed, output.text_embed),
+            (now.image_embed, now.text_embed),
+            (texts, images),
+            whole_true_pairs(batch.identity, Identity(*identity)),
+            strict=True,
         ):
+            own = torch.eye(*true.shape, dtype=torch.bool)
+            hidden = (true & ~own) * (-1e9 if self.settings.positives == "masked" else 0.0)
+            positive = (true if self.settings.positives == "soft" else own).to(images.dtype)
+            hard = positive / positive.sum(1, keepdim=True)
+            smooth, candidates = self.settings.label_smoothing, (hidden == 0).to(images.dtype)
+            hard = (1 - smooth) * hard + smooth * candidates / candidates.sum(1, keepdim=True)
             soft = (scale.detach() * averaged @ columns.T + hidden).softmax(1)
             logs = (scale * rows @ columns.T + hidden).log_softmax(1)
             total = total - ((alpha * soft + (1 - alpha) * hard) * logs).sum(1).mean() / 2
@@ -483,7 +556,7 @@ class Albef:
         self.past += self.batch
 
 
-def plain_losses(steps: int, case: Case) -> list[float]:
+def plain_losses(steps: int, case: Case) -> list[tuple[float, float]]:
     """The same in plain PyTorch: one process, the whole batch at once, fp32, no update in the bad step."""
     config = model_config(case)
     settings = EngineConfig(precision="fp32", lr=1e-3, warmup_steps=3)
@@ -505,10 +578,10 @@ def plain_losses(steps: int, case: Case) -> list[float]:
             loss = loss + case.losses.momentum.weight * albef.loss(batch, output, step)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip)
         if step != BAD_STEP:
             optimizer.step()
             if albef:
                 albef.follow()
-        results.append(loss.item())
+        results.append((loss.item(), norm.item()))
     return results

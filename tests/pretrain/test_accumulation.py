@@ -11,26 +11,33 @@ import pytest
 from parity import Case
 from ranks import run_on_ranks
 
+from pretrain.model import negatives
 from pretrain.world import World
 
 COUNTS = (1, 2, 4)  # of ranks, and of micro-batches
 FEW = {1: (1, 4), 2: (2, 4), 4: (1,)}  # micro-batches for each number of ranks; the rest are for make test-faults
+POSITIVES = ("own", "soft", "masked")
 NO_CAPTIONS = parity.ALL_LOSSES.model_copy(update={"captioning": None})
 CASES = {
     "med": Case(),
+    "med_own": Case(fusion="med_own"),
     "shared": Case(image="timm_dropping", text="clip", fusion="shared"),
     "text_to_image": Case(text="clip", fusion="text_to_image"),
     "both": Case(fusion="both", losses=NO_CAPTIONS),
-    "weighted": Case(fusion="weighted", losses=NO_CAPTIONS),
+    "weighted": Case(fusion="weighted_middle", losses=NO_CAPTIONS),
     "image_to_text": Case(fusion="image_to_text", losses=parity.PAIR_LOSSES),
 }
 
 
 def compute(world: World, counts: dict[int, tuple[int, ...]]) -> dict:
-    """Losses and gradients by fusion and number of micro-batches, and those of the reference, by "gathered"."""
+    """Losses and gradients by fusion and number of micro-batches; those of the reference, by "gathered"; and by `positives`
+    those of other true pairs' every use."""
+    if world.size > 1:  # a process of its own, which draws negatives for 3 rows at a time
+        negatives.MAX_SCORES = 3 * parity.GLOBAL_BATCH
     runs = [(fusion, count) for fusion in CASES for count in counts[world.size]]
     found = parity.all_losses_and_gradients(world, [(CASES[fusion], count) for fusion, count in runs])
-    return dict(zip(runs, found, strict=True)) | {"gathered": parity.gather_tokens(world, parity.GATHERED)}
+    uses = {positives: parity.of_positives(world, positives) for positives in POSITIVES}
+    return dict(zip(runs, found, strict=True)) | {"gathered": parity.gather_tokens(world, parity.GATHERED)} | uses
 
 
 def compute_all(counts: dict[int, tuple[int, ...]]) -> dict[int, dict]:
@@ -76,6 +83,17 @@ def test_any_ranks_and_micro_batches_change_nothing() -> None:
 @pytest.mark.parametrize("ranks", COUNTS)
 def test_gathering_all_tokens_is_the_same(results: dict, ranks: int) -> None:
     assert_equal(results[ranks]["gathered"], parity.losses_and_gradients(World(), parity.GATHERED, 1))
+
+
+@pytest.mark.parametrize("ranks", COUNTS)
+@pytest.mark.parametrize("positives", POSITIVES)
+def test_other_true_pairs_are_known_on_every_rank(results: dict, positives: str, ranks: int) -> None:
+    """Against whole matrices of one process. The three uses differ."""
+    expected = parity.of_positives(World(), positives, dense=True)
+    assert_equal(results[ranks][positives], expected)
+    for other in set(POSITIVES) - {positives}:
+        for name, value in results[ranks][other][0].items():
+            assert abs(value - expected[0][name]) > 1e-3
 
 
 def test_frozen_batch_normalisation_is_exact() -> None:

@@ -38,9 +38,10 @@ def test_two_ranks_equal_one(on_two_ranks: list, case: int) -> None:
         )
 
 
-def test_losses_equal_open_clip() -> None:
-    """Three ranks: open_clip exchanges both ways and between neighbours."""
-    for results in run_on_ranks(parity.losses_of_both, 3):
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_losses_equal_open_clip(ranks: int) -> None:
+    """With three, open_clip exchanges both ways and between neighbours."""
+    for results in run_on_ranks(parity.losses_of_both, ranks):
         assert [len(found) for found in results.values()] == [3, 6]
         for (_, expected_loss, expected_gradients), *others in results.values():
             for name, loss, gradients in others:
@@ -56,23 +57,24 @@ def test_losses_equal_open_clip() -> None:
 )
 def test_zero_stages_and_micro_batches_give_the_losses_of_plain_pytorch(name: str, steps: int) -> None:
     """All losses and dropout on, weights and moments in the host's memory or not, and one step skipped by all ranks because
-    one image of rank 1 had become NaN. Nothing hangs: run_on_ranks has a time limit."""
+    one image of rank 1 had become NaN. Nothing hangs: run_on_ranks has a time limit. The gradients' norms are compared
+    too: AdamW after clipping takes the same steps with gradients of another scale."""
     plain = np.array(parity.plain_losses(steps, parity.Case()))
-    assert plain[-1] < plain[0]
+    assert plain[-1, 0] < plain[0, 0]
     precision = name[:4]
     runs = [Run(stage, count, precision, offload) for stage, count, offload in RUNS[name]]
     for run, (losses, skipped) in zip(
         runs, run_on_ranks(parity.train_losses, 2, runs, steps, parity.Case())[0], strict=True
     ):
-        assert np.isnan(losses[parity.BAD_STEP])
+        assert np.isnan(losses[parity.BAD_STEP][0])
         others = np.arange(steps) != parity.BAD_STEP
-        tolerance = {"fp32": 1e-5, "bf16": 0.01}[precision]
-        np.testing.assert_allclose(np.array(losses)[others], plain[others], rtol=tolerance, err_msg=str(run))
+        found = np.abs(np.array(losses)[others] / plain[others] - 1).max(axis=0)
+        assert (found < {"fp32": (1e-5, 5e-5), "bf16": (0.01, 0.05)}[precision]).all(), (run, found)
         assert len(skipped) == 1
         assert ("(rank 1: 8)" if run.micro_batches == 1 else "(rank 1: 8, 12)") in skipped[0]
 
 
-def train_alone(world: World) -> list[tuple[Run, list[float]]]:
+def train_alone(world: World) -> list[tuple[Run, list[tuple[float, float]]]]:
     """One process, in which texts' tokens go from the first pass to matching, and their gradients back."""
     parity.allow_fp16()
     runs = [Run(stage, count, precision) for stage, precision in ALONE for count in (1, 4)]
@@ -98,11 +100,11 @@ LEAVING = [  # text tower, fusion, losses: tokens leave the tower in its middle,
     ("clip", "from_layer", parity.LOSSES),
     ("bert", "from_layer", CAPTIONS_TOO),
     ("bert", "med", CAPTIONS_ONLY),
-    ("bert", "own_med", CAPTIONS_TOO),
+    ("bert", "med_own", CAPTIONS_TOO),
 ]
 
 
-def train_leaving(world: World) -> list[list[list[float]]]:
+def train_leaving(world: World) -> list[list[list[tuple[float, float]]]]:
     runs = [Run(0, 1), Run(3, 1), Run(3, 4)]
     cases = [parity.Case("vit", text, fusion, losses) for text, fusion, losses in LEAVING]
     return [[losses for losses, _ in parity.train_losses(world, runs, 2, case)] for case in cases]
@@ -111,4 +113,4 @@ def train_leaving(world: World) -> list[list[list[float]]]:
 def test_zero_3_trains_layers_whose_tokens_leave_the_tower_before_its_end() -> None:
     for (text, fusion, _), (exact, *others) in zip(LEAVING, run_on_ranks(train_leaving, 1)[0], strict=True):
         for losses in others:
-            np.testing.assert_allclose(losses, exact, rtol=1e-5, err_msg=f"{text}, {fusion}")
+            np.testing.assert_allclose(losses, exact, rtol=5e-5, err_msg=f"{text}, {fusion}")

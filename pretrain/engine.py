@@ -11,8 +11,8 @@ import os
 import platform
 import sys
 import warnings
-from collections.abc import Iterator
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal, NamedTuple
 from unittest import mock
 
 import pydantic
@@ -25,6 +25,10 @@ from pretrain.model.model import MAX_LOGIT_SCALE
 from pretrain.world import World
 
 log = logging.getLogger(__name__)
+
+# DeepSpeed's defaults, in elements.
+BUCKET = 500_000_000  # reduce_bucket_size; of smaller models, as many as they train
+PERSISTENT = 100_000  # stage3_param_persistence_threshold
 
 
 class EngineConfig(ConfigModel):
@@ -81,6 +85,46 @@ def learning_rate(config: EngineConfig, step: int, steps: int) -> float:
     return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
 
 
+class StateBytes(NamedTuple):
+    """What a rank keeps from step to step, and the gradients between the backward pass and the update, in bytes."""
+
+    weights: int
+    gradients: int
+    optimizer: int  # fp32 weights, where they are not those of the model, and AdamW's two moments
+    average: int  # of the weights, by `ema`
+    bucket: int  # in which DeepSpeed puts gradients to reduce them; at ZeRO 1 and 2 during the backward pass only
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+def count_state(
+    parameters: Iterable[nn.Parameter], config: EngineConfig, ranks: int, average: bool = False
+) -> StateBytes:
+    """The state of training these parameters, sharded already or not, in a settled precision; on the device and, of what
+    `config.offload` moves there, in the host's memory.
+
+    Not in it: activations, batches, what a step gathers at ZeRO 3, momentum towers, and up to one parameter more of gradients
+    at ZeRO 1 and 2 (the one that the parts of two ranks cut).
+    """
+    stage, size = config.zero_stage, 4 if config.precision == "fp32" else 2
+    every = [(getattr(weight, "ds_numel", weight.numel()), weight.requires_grad) for weight in parameters]
+    whole, trained = sum(numel for numel, _ in every), sum(numel for numel, is_trained in every if is_trained)
+    part = trained / (ranks if stage else 1)
+    weights = whole
+    if stage == 3:  # which keeps the small ones whole too
+        weights = whole / ranks + sum(numel for numel, _ in every if numel <= PERSISTENT)
+    has_masters = stage > 0 or size == 2  # ZeRO keeps a copy of weights in fp32 too
+    return StateBytes(
+        weights=round(size * weights),
+        gradients=round(size * part),
+        optimizer=round((12 if has_masters else 8) * part),
+        average=round(4 * part) if average else 0,
+        bucket=size * min(BUCKET, trained) if stage else 0,
+    )
+
+
 def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
     """AdamW's groups, by weight decay and by what multiplies the learning rate (`lr_scale`; those with 1 come first).
 
@@ -98,9 +142,10 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float) 
     ]
 
 
-def deepspeed_config(config: EngineConfig, global_batch: int, world: World) -> dict[str, Any]:
-    """DeepSpeed's own configuration. Generated, because DeepSpeed lets misspelt top-level keys pass."""
-    zero: dict[str, Any] = {"stage": config.zero_stage}
+def deepspeed_config(config: EngineConfig, global_batch: int, world: World, trained: int) -> dict[str, Any]:
+    """DeepSpeed's own configuration for a model of which so many numbers are trained. Generated, because DeepSpeed lets
+    misspelt top-level keys pass."""
+    zero: dict[str, Any] = {"stage": config.zero_stage, "reduce_bucket_size": min(BUCKET, trained)}
     host = {"device": "cpu", "pin_memory": world.device.type == "cuda"}
     if config.offload != "none":
         zero["offload_optimizer"] = host
@@ -183,9 +228,9 @@ def build_engine(model: nn.Module, config: EngineConfig, global_batch: int, worl
         eps=config.epsilon,
         fused=True,
     )
-    engine, *_ = deepspeed.initialize(
-        model=model.to(world.device), optimizer=optimizer, config=deepspeed_config(config, global_batch, world)
-    )
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    settings = deepspeed_config(config, global_batch, world, trained)
+    engine, *_ = deepspeed.initialize(model=model.to(world.device), optimizer=optimizer, config=settings)
     if config.zero_stage == 0 and config.precision != "fp32":
         undo_first_step(engine)
     return engine

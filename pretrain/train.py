@@ -26,6 +26,7 @@ from pretrain.engine import (
     build_engine,
     can_lower_loss_scale,
     cap_logit_scale,
+    count_state,
     drop_gradients,
     import_deepspeed,
     learning_rate,
@@ -373,9 +374,10 @@ class Trainer:
     def describe(self) -> str:
         known = self.loader.supply.epoch_samples
         samples = "a stream" if known is None else f"{known:,} samples"
-        parameters = self.engine.module.parameters()
+        parameters = list(self.engine.module.parameters())
         count = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)
-        size = f"{count / 1e6:.1f} M parameters in {self.config.engine.precision}"
+        state = count_state(parameters, self.config.engine, self.world.size, bool(self.config.ema)).total
+        size = f"{count / 1e6:.1f} M parameters in {self.config.engine.precision}, {state / 1e9:.2f} GB of state a rank"
         return f"{self.config.run}: {size}, {samples}, step {self.step} of {self.steps}"
 
 

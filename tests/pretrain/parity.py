@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import gc
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from pretrain.accumulate import BadSteps, compute_gradients
 from pretrain.config import check_config
 from pretrain.contract import Batch, Identity, ModelOutput, TeacherOutput
 from pretrain.data.text import ClipTokenizerConfig, Tokenizer
+from pretrain.ema import Ema, EmaConfig
 from pretrain.engine import (
     EngineConfig,
     apply_gradients,
@@ -508,6 +510,46 @@ def train_losses(world: World, runs: list[Run], steps: int, case: Case) -> list[
         results.append((losses, skipped))
         engine.destroy()
     return results
+
+
+def layers(width: int, count: int) -> torch.nn.Sequential:
+    """The first is frozen."""
+    model = torch.nn.Sequential(*(torch.nn.Linear(width, width) for _ in range(count)))
+    model[0].requires_grad_(False)
+    return model
+
+
+def held_state(world: World, settings: list[EngineConfig], width: int, count: int) -> list[dict[str, int]]:
+    """Bytes that a rank holds more than before after the second step's backward pass, by what it is. Each storage counts
+    once; `bucket` is the largest."""
+    return [held_by(world, config, width, count) for config in settings]
+
+
+def held_by(world: World, config: EngineConfig, width: int, count: int) -> dict[str, int]:
+    gc.collect()
+    before = storages()  # which stay, so that no address is given again
+    model = layers(width, count)
+    engine = build_engine(model, config, world.size, world)
+    ema = Ema(EmaConfig(), engine, world, {})
+    rows = torch.ones(1, width, dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32)
+    for step in range(2):
+        engine.backward(engine(rows).sum())
+        if step == 0:
+            apply_gradients(engine)
+    gc.collect()
+    held = sorted(part.nbytes() for place, part in storages().items() if place not in before)
+    bucket = held.pop() if config.zero_stage == 3 else 0
+    assert ema.averages
+    engine.destroy()
+    return {"bucket": bucket, "rest": sum(held)}
+
+
+def storages() -> dict[int, torch.UntypedStorage]:
+    """Those of all tensors that Python knows, by address."""
+    tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
+    tensors += [tensor.grad for tensor in tensors if tensor.is_leaf and tensor.grad is not None]
+    parts = [tensor.untyped_storage() for tensor in tensors]
+    return {part.data_ptr(): part for part in parts if part.nbytes()}
 
 
 def spoil_first_row(module: torch.nn.Module, arguments: tuple, tower: Tower) -> Tower:

@@ -6,6 +6,7 @@ import pytest
 from parity import Run
 from ranks import run_on_ranks
 
+from pretrain.engine import EngineConfig, count_state
 from pretrain.world import World
 
 # Batch normalisation is over what is computed at once, so this tower's batch is never cut into micro-batches.
@@ -114,3 +115,17 @@ def test_zero_3_trains_layers_whose_tokens_leave_the_tower_before_its_end() -> N
     for (text, fusion, _), (exact, *others) in zip(LEAVING, run_on_ranks(train_leaving, 1)[0], strict=True):
         for losses in others:
             np.testing.assert_allclose(losses, exact, rtol=5e-5, err_msg=f"{text}, {fusion}")
+
+
+def test_the_state_of_training_takes_what_the_formula_says() -> None:
+    """Two ranks, one layer of eight frozen, an average of the weights: whatever tensors are there after a backward pass."""
+    settings = [EngineConfig(zero_stage=stage, precision=kind) for stage in range(4) for kind in ("fp32", "bf16")]
+    width, count = 512, 8
+    weights = list(parity.layers(width, count).parameters())
+    for of_rank in run_on_ranks(parity.held_state, 2, settings, width, count):
+        for config, held in zip(settings, of_rank, strict=True):
+            state = count_state(weights, config, 2, average=True)
+            slack = width * width * (4 if config.precision == "fp32" else 2) if config.zero_stage in (1, 2) else 0
+            expected = state.total - state.bucket
+            assert 0.999 * expected < held["rest"] < 1.001 * expected + slack, (config, held, state)
+            assert config.zero_stage < 3 or held["bucket"] == state.bucket

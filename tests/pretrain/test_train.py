@@ -79,6 +79,8 @@ def test_a_run_explains_itself(whole_run: Path) -> None:
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     wanted = {"loss/total", "loss/contrastive", "loss/matching", "rate/samples_per_s", "optimizer/lr", "time/data_s"}
     assert wanted <= lines[0].keys()
+    printed = "".join(path.read_text() for path in whole_run.parent.glob("whole.std*-0"))
+    assert "1.7 M parameters in fp32, 0.03 GB of state a rank" in printed
     assert "--ranks" not in (whole_run / "config.yaml").read_text()
     assert "torch" in json.loads((whole_run / "versions.json").read_text())
     (code,) = whole_run.glob("code-*.zip")

@@ -106,15 +106,14 @@ LEAVING = [  # text tower, fusion, losses: tokens leave the tower in its middle,
 
 
 def train_leaving(world: World) -> list[list[list[tuple[float, float]]]]:
-    runs = [Run(0, 1), Run(3, 1), Run(3, 4)]
+    runs = [Run(0, 1), Run(3, 4)]
     cases = [parity.Case("vit", text, fusion, losses) for text, fusion, losses in LEAVING]
     return [[losses for losses, _ in parity.train_losses(world, runs, 2, case)] for case in cases]
 
 
 def test_zero_3_trains_layers_whose_tokens_leave_the_tower_before_its_end() -> None:
-    for (text, fusion, _), (exact, *others) in zip(LEAVING, run_on_ranks(train_leaving, 1)[0], strict=True):
-        for losses in others:
-            np.testing.assert_allclose(losses, exact, rtol=5e-5, err_msg=f"{text}, {fusion}")
+    for (text, fusion, _), (exact, losses) in zip(LEAVING, run_on_ranks(train_leaving, 1)[0], strict=True):
+        np.testing.assert_allclose(losses, exact, rtol=5e-5, err_msg=f"{text}, {fusion}")
 
 
 def test_the_state_of_training_takes_what_the_formula_says() -> None:

@@ -585,6 +585,10 @@ class HuggingfaceText(EncoderText):
         keep_attention_weights(settings)
         self.inner = build_huggingface(settings, config.pooling, "model.text")
         self.reads_padding = settings.model_type in SIGLIP_TEXTS
+        if not has_embedding(self.inner):
+            raise ConfigError(
+                f"model.text: {settings.model_type} has no table of token embeddings. Choose another encoder"
+            )
         if tokenizer.padding_id is None:  # so what would be padding is a word or a mark, and has to be trained
             self.embedding.padding_idx = None
         check_length(config, self.inner)
@@ -682,6 +686,14 @@ def check_length(config: HuggingfaceTextConfig, inner: nn.Module) -> None:
             )
 
 
+def has_embedding(inner: nn.Module) -> bool:
+    """Whether a model of transformers looks ids up in a table; CANINE hashes characters."""
+    try:
+        return isinstance(inner.get_input_embeddings(), nn.Embedding)
+    except NotImplementedError:
+        return False
+
+
 SIGLIP_TEXTS = ("siglip_text_model", "siglip2_text_model")
 UNLISTED = {  # sides of two-sided models that AutoModel does not list
     "blip_vision_model": "BlipVisionModel",
@@ -700,6 +712,8 @@ def build_huggingface(settings: Any, pooling: Pooling, where: str) -> nn.Module:
             model_class = getattr(transformers, UNLISTED[settings.model_type])
         else:
             model_class = transformers.MODEL_MAPPING[type(settings)]
+            if isinstance(model_class, tuple):  # Funnel's: the whole model, then that without its decoder
+                model_class = model_class[0]
     except KeyError:
         raise ConfigError(f"{where}: transformers has no encoder for model_type '{settings.model_type}'") from None
     takes_pooler = "add_pooling_layer" in inspect.signature(model_class.__init__).parameters

@@ -303,6 +303,11 @@ def test_a_vocabulary_too_small_for_the_tokenizer_is_refused() -> None:
     )
 
 
+def test_an_encoder_without_a_table_of_embeddings_is_refused() -> None:
+    with pytest.raises(ConfigError, match="canine has no table of token embeddings"):
+        build_text_tower("bert_", config={"model_type": "canine", **SIZES})
+
+
 OTHER_ENCODERS = ("mobilebert", "nystromformer", "roformer", "roberta-prelayernorm", "deberta-v2", "longformer", "esm")
 
 
@@ -354,10 +359,15 @@ XLM = {"model_type": "xlm", "emb_dim": 32, "n_layers": 2, "n_heads": 2, "max_pos
 SWIN = {"model_type": "swin", "embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2], "patch_size": 2, "window_size": 4}
 
 
+FUNNEL = {"model_type": "funnel", "d_model": 32, "n_head": 2, "d_head": 16, "d_inner": 64}
+
+
 @pytest.mark.parametrize(("side", "tower", "message"), [
     ("text", {"config": XLM}, "dropped by torch's generator, .* model.text.config.dropout, "),
     ("text", {"config": XLM | {"dropout": 0.0}}, None),
     ("text", {"config": {"model_type": "t5", "d_model": 32, "num_layers": 1}}, "cannot be run on a batch: ValueError: You"),
+    ("text", {"config": FUNNEL}, "dropout is given .* rows for 2 samples"),
+    ("text", {"config": FUNNEL | {"hidden_dropout": 0.0, "activation_dropout": 0.0}}, None),
     ("image", {"config": SWIN}, None),  # with stochastic depth, by its own default
     ("image", {"config": SWIN | {"hidden_dropout_prob": 0.1}}, "rows for 2 samples .* such as windows"),
     ("image", {"kind": "timm", "name": "test_resnet", "settings": {"drop_rate": 0.1}}, "model.image.settings.drop_rate$"),

@@ -11,7 +11,7 @@ import os
 import platform
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 from unittest import mock
 
@@ -99,8 +99,18 @@ class StateBytes(NamedTuple):
         return sum(self)
 
 
+def numel_of(parameter: nn.Parameter) -> int:
+    """Of the whole parameter, sharded by ZeRO-3 or not."""
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
+def bucket_size(parameters: Iterable[nn.Parameter]) -> int:
+    """How many numbers the bucket has in which their gradients are reduced."""
+    return min(BUCKET, sum(numel_of(parameter) for parameter in parameters if parameter.requires_grad))
+
+
 def count_state(
-    parameters: Iterable[nn.Parameter], config: EngineConfig, ranks: int, average: bool = False
+    parameters: Sequence[nn.Parameter], config: EngineConfig, ranks: int, average: bool = False
 ) -> StateBytes:
     """The state of training these parameters, sharded already or not, in a settled precision; on the device and, of what
     `config.offload` moves there, in the host's memory.
@@ -109,19 +119,19 @@ def count_state(
     at ZeRO 1 and 2 (the one that the parts of two ranks cut).
     """
     stage, size = config.zero_stage, 4 if config.precision == "fp32" else 2
-    every = [(getattr(weight, "ds_numel", weight.numel()), weight.requires_grad) for weight in parameters]
-    whole, trained = sum(numel for numel, _ in every), sum(numel for numel, is_trained in every if is_trained)
-    part = trained / (ranks if stage else 1)
+    numels = [numel_of(parameter) for parameter in parameters]
+    whole = sum(numels)
+    part = sum(numel_of(parameter) for parameter in parameters if parameter.requires_grad) / (ranks if stage else 1)
     weights = whole
     if stage == 3:  # which keeps the small ones whole too
-        weights = whole / ranks + sum(numel for numel, _ in every if numel <= PERSISTENT)
+        weights = whole / ranks + sum(numel for numel in numels if numel <= PERSISTENT)
     has_masters = stage > 0 or size == 2  # ZeRO keeps a copy of weights in fp32 too
     return StateBytes(
         weights=round(size * weights),
         gradients=round(size * part),
         optimizer=round((12 if has_masters else 8) * part),
         average=round(4 * part) if average else 0,
-        bucket=size * min(BUCKET, trained) if stage else 0,
+        bucket=size * bucket_size(parameters) if stage else 0,
     )
 
 
@@ -142,10 +152,10 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float) 
     ]
 
 
-def deepspeed_config(config: EngineConfig, global_batch: int, world: World, trained: int) -> dict[str, Any]:
-    """DeepSpeed's own configuration for a model of which so many numbers are trained. Generated, because DeepSpeed lets
-    misspelt top-level keys pass."""
-    zero: dict[str, Any] = {"stage": config.zero_stage, "reduce_bucket_size": min(BUCKET, trained)}
+def deepspeed_config(config: EngineConfig, global_batch: int, world: World, bucket: int) -> dict[str, Any]:
+    """DeepSpeed's own configuration, with a `bucket` of so many gradients. Generated, because DeepSpeed lets misspelt
+    top-level keys pass."""
+    zero: dict[str, Any] = {"stage": config.zero_stage, "reduce_bucket_size": bucket}
     host = {"device": "cpu", "pin_memory": world.device.type == "cuda"}
     if config.offload != "none":
         zero["offload_optimizer"] = host
@@ -228,8 +238,7 @@ def build_engine(model: nn.Module, config: EngineConfig, global_batch: int, worl
         eps=config.epsilon,
         fused=True,
     )
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    settings = deepspeed_config(config, global_batch, world, trained)
+    settings = deepspeed_config(config, global_batch, world, bucket_size(model.parameters()))
     engine, *_ = deepspeed.initialize(model=model.to(world.device), optimizer=optimizer, config=settings)
     if config.zero_stage == 0 and config.precision != "fp32":
         undo_first_step(engine)

@@ -30,6 +30,7 @@ from pretrain.engine import (
     drop_gradients,
     import_deepspeed,
     learning_rate,
+    numel_of,
     set_learning_rate,
     settle_precision,
 )
@@ -375,7 +376,7 @@ class Trainer:
         known = self.loader.supply.epoch_samples
         samples = "a stream" if known is None else f"{known:,} samples"
         parameters = list(self.engine.module.parameters())
-        count = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)
+        count = sum(map(numel_of, parameters))
         state = count_state(parameters, self.config.engine, self.world.size, bool(self.config.ema)).total
         size = f"{count / 1e6:.1f} M parameters in {self.config.engine.precision}, {state / 1e9:.2f} GB of state a rank"
         return f"{self.config.run}: {size}, {samples}, step {self.step} of {self.steps}"

@@ -32,7 +32,7 @@ from data_tools.files import hash_file, render_json, sync_folder, write_json_ato
 from pretrain.checkpoint import elastic
 from pretrain.checkpoint.mirror import STATE, Mirror, fetch_newest
 from pretrain.config import ConfigModel, Count
-from pretrain.engine import loss_scale, unsharded_masters
+from pretrain.engine import loss_scale, numel_of, unsharded_masters
 from pretrain.world import World
 
 log = logging.getLogger(__name__)
@@ -491,7 +491,7 @@ def all_or_none(where: Path, world: World) -> Iterator[None]:
 
 def space_needed(engine: Any) -> int:
     """Bytes of a checkpoint, about."""
-    return BYTES_PER_PARAMETER * sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
+    return BYTES_PER_PARAMETER * sum(map(numel_of, engine.module.parameters()))
 
 
 def check_free_space(parent: Path, needed: int) -> None:

@@ -20,6 +20,7 @@ from pretrain.engine import (
     EngineConfig,
     apply_gradients,
     build_engine,
+    deepspeed_config,
     gradient_norm,
     import_deepspeed,
     learning_rate,
@@ -451,10 +452,9 @@ def allow_fp16() -> None:
 
 def shard_everything() -> None:
     """ZeRO-3 keeps weights of less than 100,000 numbers whole on every rank, which is all that these models have."""
-    configure = engine_module.deepspeed_config
 
     def configured(*arguments) -> dict:
-        settings = configure(*arguments)
+        settings = deepspeed_config(*arguments)
         if settings["zero_optimization"]["stage"] == 3:
             settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         return settings
